@@ -1,0 +1,185 @@
+"The networks against references written by hand: names, numbers of parameters, shapes, and the numbers of a forward pass"
+from itertools import product
+from types import SimpleNamespace
+import pytest, torch, torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import nn
+from torch.func import functional_call, vmap
+from lop_nb.config import CNNConfig, MLPConfig
+from lop_nb.models import CNN, MLP, Dropout, activations, group_count, make_model, map_norm, uniform, vector_norm
+from lop_nb.runtime import LopError
+
+NORMS, BOOL = ["none", "batch", "layer", "group", "instance"], [False, True]
+FLAGS = list(product(NORMS, BOOL, BOOL, BOOL, [0., .2]))     # normalization, norm_after_activation, affine, bias, dropout_p
+def flags(norm, after, affine, bias, p): return dict(normalization=norm, norm_after_activation=after, normalization_affine=affine, bias=bias, dropout_p=p)
+def count(net): return sum(p.numel() for p in net.parameters())
+def names(net): return [n for n, _ in net.named_children()]
+
+def in_order(i, norm, after):
+    if norm == "none": return [f"act_{i}"]
+    return [f"act_{i}", f"norm_{i}"] if after else [f"norm_{i}", f"act_{i}"]
+
+@pytest.mark.parametrize("flag", FLAGS, ids=str)
+def test_mlp_names_and_parameters(flag):
+    norm, after, affine, bias, p = flag
+    net, gains = MLP(20, 3, hidden_sizes=[12, 7], **flags(*flag)), 2*(12 + 7) if affine and norm != "none" else 0
+    assert count(net) == 20*12 + 12*7 + 7*3 + bias*(12 + 7 + 3) + gains
+    drop = lambda i: [f"drop_{i}"] if p else []
+    assert names(net) == ["linear_0", *in_order(0, norm, after), *drop(0), "linear_1", *in_order(1, norm, after), *drop(1), "out"]
+    assert net(torch.randn(4, 5, 2, 2)).shape == net(torch.randn(4, 20)).shape == (4, 3)
+
+@pytest.mark.parametrize("flag", FLAGS, ids=str)
+def test_cnn_names_and_parameters(flag):
+    norm, after, affine, bias, p = flag
+    net, gains = CNN(2, 12, 3, conv_channels=[6, 5], fc_hidden_units=[7], **flags(*flag)), 2*(6 + 5) if affine and norm != "none" else 0
+    assert count(net) == 9*(2*6 + 6*5) + 5*3*3*7 + 7*3 + bias*(6 + 5 + 7 + 3) + gains
+    drop = ["fc_drop_0"] if p else []
+    assert names(net) == ["conv_0", *in_order(0, norm, after), "pool_0", "conv_1", *in_order(1, norm, after), "pool_1", "flatten", "fc_0", "fc_act_0", *drop, "out"]
+    assert net(torch.randn(4, 2, 12, 12)).shape == (4, 3)
+
+def test_no_pooling_and_no_dense_layers():
+    assert names(CNN(1, 8, 2, [4], pool_type="none", fc_hidden_units=[], normalization="none")) == ["conv_0", "act_0", "flatten", "out"]
+    assert names(MLP(8, 2, [])) == ["out"]
+
+def test_published_sizes():
+    assert count(MLP(3*32*32, 10)) == 461_962
+    assert count(CNN(3, 32, 10)) == 2_474_506
+
+def test_nothing_works_in_place():
+    for kind, a in product((lambda a: MLP(4, 2, [3], activation=a), lambda a: CNN(1, 8, 2, [3], activation=a)), activations):
+        assert not any(getattr(m, "inplace", False) for m in kind(a).modules())
+
+GEOMETRIES = [dict(), dict(strides=[2, 1, 1]), dict(strides=[1, 2, 1], paddings=[0, 2, 1]), dict(kernel_sizes=[5, 3, 1], paddings=[2, 0, 0]), dict(pool_type="none", strides=[2]),
+              dict(pool_type="avg"), dict(pool_size=3, paddings=[2])]
+@pytest.mark.parametrize("size", [28, 32, 64])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_pictures_of_several_sizes(size, geometry):
+    net = CNN(3, size, 5, conv_channels=[4, 6, 8], fc_hidden_units=[7], **geometry)
+    assert net(torch.randn(2, 3, size, size)).shape == (2, 5)
+
+def test_too_small_says_where():
+    for kw, where in ((dict(strides=[2], pool_size=4), "pool_1"), (dict(kernel_sizes=[9], paddings=[0], pool_type="none"), "conv_1"), (dict(conv_channels=[2]*4), "pool_3")):
+        with pytest.raises(LopError, match=f"Nothing is left at {where}:"): CNN(1, 9, 2, **dict(conv_channels=[2, 2, 2]) | kw)
+    with pytest.raises(LopError, match="one pixel"): CNN(1, 4, 2, conv_channels=[2]*3, normalization="instance")
+
+BAD = [dict(activation="rellu"), dict(normalization="bach"), dict(dropout_p=1.), dict(dropout_p=-.1)]
+@pytest.mark.parametrize("bad", BAD + [dict(hidden_sizes=[3, 0])], ids=str)
+def test_mlp_refuses(bad):
+    with pytest.raises(LopError): MLP(4, 2, **bad)
+@pytest.mark.parametrize("bad", BAD + [dict(pool_type="mean"), dict(pool_size=0), dict(strides=[0]), dict(paddings=[-1]), dict(kernel_sizes=[3, 3]), dict(conv_channels=[4, 0])], ids=str)
+def test_cnn_refuses(bad):
+    with pytest.raises(LopError): CNN(3, 32, 2, **bad)
+
+# ---- the numbers of a forward pass, written out
+by_hand = dict(relu=lambda z: z.clamp(min=0), leaky_relu=lambda z: z.where(z > 0, .1*z), tanh=lambda z: 2/(1 + (-2*z).exp()) - 1, sigmoid=lambda z: 1/(1 + (-z).exp()),
+               gelu=lambda z: z*(1 + torch.erf(z/2**.5))/2, elu=lambda z: z.where(z > 0, z.exp() - 1), none=lambda z: z,
+               selu=lambda z: 1.0507009873554805*z.where(z > 0, 1.6732632423543772*(z.exp() - 1)))
+
+def standard(z, axes): return (z - z.mean(axes, keepdim=True)) / (z.var(axes, correction=0, keepdim=True) + 1e-5).sqrt()
+
+def norm_by_hand(z, kind, p, i, training):
+    if kind == "none": return z
+    tail = (1,)*(z.ndim - 2)
+    side = lambda k: p[f"norm_{i}.{k}"].view(-1, *tail)
+    if kind == "batch": h = standard(z, (0, *range(2, z.ndim))) if training else (z - side("running_mean")) / (side("running_var") + 1e-5).sqrt()
+    elif kind == "layer" or z.ndim == 2 and kind == "instance": h = standard(z, tuple(range(1, z.ndim)))
+    elif kind == "instance": h = standard(z, (2, 3))
+    else: h = standard(z.view(len(z), {2: 2, 4: 8}[z.ndim], -1), (2,)).view_as(z)     # 8 units: two groups of four, or one for each channel's map
+    return h*side("weight") + side("bias") if f"norm_{i}.weight" in p else h
+
+@pytest.mark.parametrize("norm, after, affine", list(product(NORMS, BOOL, BOOL)), ids=str)
+@pytest.mark.parametrize("training", BOOL)
+def test_mlp_forward_by_hand(norm, after, affine, training):
+    torch.manual_seed(0)
+    net = MLP(12, 3, [8, 8], normalization=norm, norm_after_activation=after, normalization_affine=affine, activation="gelu", dropout_p=0.).double().train(training)
+    for p in net.parameters(): nn.init.normal_(p)
+    for k, b in net.named_buffers(): b.uniform_(.5, 2) if "running" in k else None
+    p, h = {k: v.clone() for k, v in net.state_dict().items()}, (x := torch.randn(6, 3, 2, 2).double()).flatten(1)
+    for i in range(2):
+        h = h @ p[f"linear_{i}.weight"].T + p[f"linear_{i}.bias"]
+        h = norm_by_hand(by_hand["gelu"](h), norm, p, i, training) if after else by_hand["gelu"](norm_by_hand(h, norm, p, i, training))
+    torch.testing.assert_close(net(x), h @ p["out.weight"].T + p["out.bias"], rtol=1e-10, atol=1e-10)
+
+@pytest.mark.parametrize("norm, after, affine", list(product(NORMS, BOOL, BOOL)), ids=str)
+@pytest.mark.parametrize("training", BOOL)
+def test_cnn_forward_by_hand(norm, after, affine, training):
+    torch.manual_seed(0)
+    net = CNN(2, 9, 3, [8], strides=[2], paddings=[2], pool_type="avg", fc_hidden_units=[4], normalization=norm, norm_after_activation=after, normalization_affine=affine, activation="elu", dropout_p=0.).double().train(training)
+    for p in net.parameters(): nn.init.normal_(p)
+    for k, b in net.named_buffers(): b.uniform_(.5, 2) if "running" in k else None
+    p, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.randn(6, 2, 9, 9).double()
+    patches = F.pad(x, (2,)*4).unfold(2, 3, 2).unfold(3, 3, 2)                                # 13 pixels with padding, windows of 3 every 2: 6
+    h = torch.einsum("bcijkl,ockl->boij", patches, p["conv_0.weight"]) + p["conv_0.bias"].view(-1, 1, 1)
+    h = norm_by_hand(by_hand["elu"](h), norm, p, 0, training) if after else by_hand["elu"](norm_by_hand(h, norm, p, 0, training))
+    h = h.view(6, 8, 3, 2, 3, 2).mean((3, 5)).flatten(1)
+    h = by_hand["elu"](h @ p["fc_0.weight"].T + p["fc_0.bias"])
+    torch.testing.assert_close(net(x), h @ p["out.weight"].T + p["out.bias"], rtol=1e-10, atol=1e-10)
+
+@pytest.mark.parametrize("name", activations)
+def test_activations_by_hand(name):
+    z = torch.linspace(-8, 8, 1001).double()
+    torch.testing.assert_close(activations[name]()(z), by_hand[name](z), rtol=1e-12, atol=1e-12)
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("width", [1, 2, 7, 12, 37, 64, 100])
+def test_norms_build_for_any_width(norm, width):
+    for affine in BOOL:
+        for net, x in ((vector_norm(norm, width, affine), torch.randn(5, width)), (map_norm(norm, width, 3, affine), torch.randn(5, width, 3, 3))):
+            if net is not None: assert net(x).shape == x.shape and len(list(net.parameters())) == 2*affine
+
+def test_groups():
+    for width, positions in product(range(1, 200), (1, 4, 16)):
+        g = group_count(width, positions)
+        assert width % g == 0 and g <= 32 and (g == 1 or width//g*positions >= 4)
+        assert not any(width % k == 0 and width//k*positions >= 4 for k in range(g + 1, 33))
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_state_dict_round_trip(kind, norm):
+    make = lambda: make_model(dict(name=kind, normalization=norm, **(dict(hidden_sizes=[6]) if kind == "mlp" else dict(conv_channels=[4], fc_hidden_units=[5]))), SimpleNamespace(shape=(2, 8, 8), num_classes=3))
+    a, b, x = make(), make(), torch.randn(9, 2, 8, 8)
+    a(x)                                                                                        # moves the running statistics
+    assert not torch.equal(a.eval()(x), b.eval()(x))
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a(x), b(x))
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_vmap_over_replicas(kind, norm):
+    "Stacked parameters and buffers under vmap give what single networks give, running statistics included"
+    make = lambda: (MLP(32, 3, [8], normalization=norm, dropout_p=0.) if kind == "mlp" else CNN(2, 4, 3, [8], normalization=norm, dropout_p=0.)).double()
+    nets, x = [make() for _ in range(3)], torch.randn(3, 6, 2, 4, 4).double()
+    params = {k: torch.stack([dict(n.named_parameters())[k].detach() for n in nets]) for k, _ in nets[0].named_parameters()}
+    buffers = {k: torch.stack([dict(n.named_buffers())[k].clone() for n in nets]) for k, _ in nets[0].named_buffers()}
+    out = vmap(lambda p, b, x: functional_call(nets[0], (p, b), (x,)), randomness="different")(params, buffers, x)
+    torch.testing.assert_close(out, torch.stack([n(xr) for n, xr in zip(nets, x)]), rtol=1e-12, atol=1e-12)
+    for k, b in buffers.items(): torch.testing.assert_close(b, torch.stack([dict(n.named_buffers())[k] for n in nets]), rtol=1e-12, atol=1e-12)
+
+def test_dropout_draws_from_its_own_generator():
+    drop, x = Dropout(.3), torch.ones(4, 50)
+    drop.generator = torch.Generator().manual_seed(5)
+    state = torch.get_rng_state(); a = drop(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    drop.generator.manual_seed(5)
+    assert torch.equal(vmap(lambda x: drop(x), randomness="different")(x[None])[0], a)
+    x.requires_grad_(); out = drop(x); out.sum().backward()
+    assert torch.equal(x.grad, out)                                                             # the same mask backward
+
+def test_dropout_is_exact_in_double_precision():
+    drop = Dropout(.1); out = drop(torch.ones(1000).double())
+    assert set(out.tolist()) == {0., 1/.9}
+
+def test_uniform_is_torchs_own():
+    for shape, fan_in in (((3, 50, 1, 20), 20), ((3, 50, 1, 2, 3, 3), 18)):
+        w = uniform(shape, fan_in, torch.Generator().manual_seed(0))
+        assert w.shape == shape and .99 <= w.abs().max() * fan_in**.5 <= 1 and abs(w.mean()) < .1*fan_in**-.5   # 5 standard errors or more
+
+def test_factory():
+    data = SimpleNamespace(shape=(3, 32, 32), num_classes=10)
+    for config, n in ((MLPConfig(), 461_962), (CNNConfig(), 2_474_506)):
+        for c in (config, OmegaConf.structured(config), OmegaConf.to_container(OmegaConf.structured(config)), dict(name=config.name)): assert count(make_model(c, data)) == n
+    for bad, says in ((dict(name="mlp", hiden_sizes=[3]), "Did you mean 'hidden_sizes'"), (dict(name="mlp", conv_channels=[3]), "Unknown setting of mlp"), (dict(name="cnn", img_size=3), "Unknown setting of cnn"),
+                      (dict(name="nlp"), "Did you mean 'mlp'"), (dict(hidden_sizes=[3]), "Unknown model 'None'")):
+        with pytest.raises(LopError, match=says): make_model(bad, data)
+    with pytest.raises(LopError, match="square"): make_model(CNNConfig(), SimpleNamespace(shape=(1, 8, 9), num_classes=2))
+    assert make_model(MLPConfig(), SimpleNamespace(shape=(1, 8, 9), num_classes=2)).linear_0.in_features == 72
