@@ -249,36 +249,44 @@ def _parse(overrides):
     except HydraException as e: raise LopError(f"Could not read the command line: {str(e).splitlines()[0]} Write overrides as key=value, for example training.epochs=5.") from e
     return [o for o in parsed if not o.key_or_group.startswith("hydra")]
 
-def _choices(parsed):
-    "The overrides that choose options, each checked"
-    groups = options() | dict(experiment=presets())
-    for o in parsed:
-        if o.key_or_group not in groups: continue
-        for v in (o.sweep_iterator() if o.is_sweep_override() else [o.value()]): one_of(f"option for {o.key_or_group}", v, groups[o.key_or_group])
-        if o.key_or_group == "experiment" and not o.input_line.startswith("+"): raise LopError(f"Presets are added: write +{o.input_line}")
-        yield o.input_line if not o.is_sweep_override() else f"{o.key_or_group}={next(o.sweep_iterator())}"
+def _values(o):
+    "The override once for each value that it sweeps over"
+    return [f"{o.input_line.partition('=')[0]}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
 
 # %% ../nbs/api/02_config.ipynb #e873678c
-def compose(
-    overrides=() # `key=value` strings, as on the command line
-):               # The composed config (an OmegaConf DictConfig)
-    "Compose a study's config; `LopError` for an unknown option or key (with the nearest one) or a value of the wrong type"
-    overrides = [rename(o) for o in overrides]
-    parsed = _parse(overrides)
-    legal = list(_keys(_compose(list(_choices(parsed)))))
-    for o in parsed:
-        key = o.key_or_group
-        if key != "experiment" and key not in legal: raise LopError(f"Unknown key '{key}'.{nearest(key, legal)} See lop-run --cfg job for all keys.")
-    try: cfg = _compose([o for o in overrides if not o.startswith("hydra")])
-    except (HydraException, OmegaConfBaseException) as e: raise LopError(_reason(e, parsed)) from e
-    return check(cfg)
+def _check_choice(o, groups):
+    for line in _values(o): one_of(f"option for {o.key_or_group}", line.partition("=")[2], groups[o.key_or_group])
+    if o.key_or_group == "experiment" and not o.input_line.startswith("+"): raise LopError(f"Presets are added: write +{o.input_line}")
+
+def _check_key(o, legal):
+    if o.key_or_group not in legal: raise LopError(f"Unknown key '{o.key_or_group}'.{nearest(o.key_or_group, legal)} See lop-run --cfg job for all keys.")
 
 # %% ../nbs/api/02_config.ipynb #b60ef9ea
-def _reason(e, parsed):
+def compose(
+    overrides=() # `key=value` strings, as on the command line
+):               # The composed config (an OmegaConf DictConfig); of a sweep the first
+    "Compose a study's config; `LopError` for an unknown option or key (with the nearest one) or a value of the wrong type"
+    parsed, groups = _parse([rename(o) for o in overrides]), options() | dict(experiment=presets())
+    for o in parsed:
+        if o.key_or_group in groups: _check_choice(o, groups)
+    first = [_values(o)[0] for o in parsed]
+    legal = list(_keys(_compose([line for o, line in zip(parsed, first) if o.key_or_group in groups])))
+    for o in parsed: _check_key(o, [*legal, "experiment"])
+    for i, o in enumerate(parsed):
+        for line in _values(o)[1:]: _composed([*first[:i], line, *first[i + 1:]])
+    return _composed(first)
+
+# %% ../nbs/api/02_config.ipynb #68b048a1
+def _composed(lines):
+    try: return check(_compose(lines))
+    except (HydraException, OmegaConfBaseException) as e: raise LopError(_reason(e, lines)) from e
+
+# %% ../nbs/api/02_config.ipynb #f2dda847
+def _reason(e, lines):
     "Hydra's complaint in one line"
     while e.__cause__: e = e.__cause__
     text = str(e); key = re.search(r"full_key: (\S+)", text)
-    given = next((o.input_line for o in parsed if key and o.key_or_group == key[1]), None)
+    given = next((line for line in lines if key and line.startswith(key[1])), None)
     return f"{given or 'The config'}: {text.splitlines()[0]}."
 
 # %% ../nbs/api/02_config.ipynb #04ca231f

@@ -12,7 +12,6 @@ __all__ = ['stream_kinds', 'intervention_kinds', 'make_data', 'make_stream', 'se
 import json, os, platform, sys, time
 from pathlib import Path
 import torch
-from fastcore.basics import patch
 from omegaconf import OmegaConf
 import lop_nb
 from . import plots, streams
@@ -24,7 +23,7 @@ from .models import make_model
 from .monitor import Monitor
 from .records import Records
 from .replicas import Replicas
-from .runtime import LopError, one_of, pick_device, write_atomic
+from .runtime import LopError, pick_device, write_atomic
 
 # %% ../nbs/api/15_experiments.ipynb #0221f9e7
 stream_kinds = dict(permuted_pixels=streams.PermutedPixels, class_split=streams.ClassSplit, random_labels=streams.RandomLabels)

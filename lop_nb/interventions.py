@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .config import ContinualBackpropConfig, L2InitConfig
 from .learner import Callback
 from .optimizers import memory
-from .runtime import LopError, one_of
+from .runtime import one_of
 from .units import gather, scatter
 
 # %% ../nbs/api/13_interventions.ipynb #61d6b3d6

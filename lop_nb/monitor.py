@@ -8,7 +8,6 @@ Docs: https://lop-nb.github.io/lop_nb/api/monitor.html.md"""
 __all__ = ['balanced', 'read_units', 'measures', 'Monitor']
 
 # %% ../nbs/api/12_monitor.ipynb #492fe58a
-from functools import partial
 import torch
 from fastcore.basics import patch
 from . import metrics

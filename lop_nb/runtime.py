@@ -9,7 +9,7 @@ __all__ = ['LopError', 'nearest', 'one_of', 'spawn', 'generator', 'Generators', 
            'flush_denormals', 'write_atomic']
 
 # %% ../nbs/api/01_runtime.ipynb #0149709b
-import hashlib, os, warnings
+import hashlib, os
 from contextlib import contextmanager
 from pathlib import Path
 import torch

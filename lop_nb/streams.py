@@ -9,7 +9,7 @@ __all__ = ['View', 'mask_logits', 'masked_cross_entropy', 'Task', 'Stream', 'Per
            'rows_of', 'ClassSplit', 'RandomLabels', 'from_record']
 
 # %% ../nbs/api/07_streams.ipynb #609cc87d
-import hashlib, json, random
+import hashlib, random
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F

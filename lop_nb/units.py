@@ -14,7 +14,7 @@ from contextlib import contextmanager, ExitStack
 from itertools import repeat
 import torch
 from fastcore.basics import patch
-from .models import Slice, Group
+from .models import Slice
 from .runtime import LopError, one_of
 
 # %% ../nbs/api/06_units.ipynb #d197959a
