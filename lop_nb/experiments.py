@@ -47,16 +47,17 @@ def make_interventions(
 
 # %% ../nbs/api/15_experiments.ipynb #805e3ecf
 class Wandb(Callback):
-    "Write what was logged since the last epoch to an offline Weights & Biases run"
+    "Write what was logged since the last time to an offline Weights & Biases run"
     def __init__(self, project, folder, config): self.project, self.folder, self.config = project, str(folder), config
     def before_fit(self, learner):
         import wandb
         self.out = wandb.init(project=self.project, dir=self.folder, name=learner.run, config=self.config, mode=os.environ.get("WANDB_MODE", "offline"), reinit="finish_previous")
-    def after_epoch(self, learner):
+        self.out.define_metric("*", step_metric="step")   # the x-axis is gradient steps
+    def _log(self, learner):
         rows = {"/".join(filter(None, (*k, f"seed_{s}"))): v for k, values in learner.latest.items() for s, v in zip(learner.replicas.seeds, values)}
-        self.out.log(rows | {"task": learner.at.task, "epoch": learner.at.epoch}, step=learner.at.step)
+        self.out.log(rows | dict(step=learner.at.step, task=learner.at.task, epoch=learner.at.epoch))
         learner.latest.clear()
-    def after_task(self, learner): self.after_epoch(learner)
+    before_epoch = after_epoch = after_task = _log
     def after_fit(self, learner): self.out.finish()
 
 # %% ../nbs/api/15_experiments.ipynb #c65f095a

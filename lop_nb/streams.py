@@ -86,7 +86,9 @@ class Stream:
         seeds=(0,),                   # one for each replica
         normalize=_dataset.normalize, # see `Dataset.scale`
         **settings                    # of the subclass
-    ): self.data, self.tasks, self.seeds, self.normalize, self.settings = data, tasks, list(seeds), normalize, settings
+    ):
+        if tasks < 1: raise LopError(f"stream.tasks={tasks}: a stream has at least 1 task.")
+        self.data, self.tasks, self.seeds, self.normalize, self.settings = data, tasks, list(seeds), normalize, settings
     def __len__(self): return self.tasks
     def __iter__(self): return (self[k] for k in range(len(self)))
     def seeded(self, seeds): return type(self)(self.data, tasks=self.tasks, seeds=list(seeds), normalize=self.normalize, **self.settings)
@@ -130,7 +132,7 @@ def split_sizes(
     "Fill in what was not said: ⌈C / other⌉, or one task with all; `LopError` if there are too few classes"
     per = classes_per_task or (-(-num_classes // tasks) if tasks else num_classes)
     n = tasks or -(-num_classes // per)
-    if (n - 1) * per >= num_classes: raise LopError(f"{n} tasks of {per} classes need more than the {num_classes} classes that there are. At most {-(-num_classes // per)} tasks of {per}, or fewer classes_per_task.")
+    if per > num_classes or (n - 1) * per >= num_classes: raise LopError(f"{n} tasks of {per} classes need more than the {num_classes} classes that there are. At most {-(-num_classes // per)} tasks of {per}, or fewer classes_per_task.")
     return n, per
 
 # %% ../nbs/api/07_streams.ipynb #b609aefb

@@ -143,3 +143,26 @@ def test_ctrl_c_keeps_what_was_computed(tmp_path):
     assert process.returncode == 130, err
     assert "resume=true" in err and "Traceback" not in err
     assert len(read_records(folder)) and not json.loads((folder/"summary.json").read_text())["finished"]
+
+
+def history(path):
+    "The rows that W&B logged to an offline file (LevelDB's log framing around protobuf records)"
+    import struct
+    from wandb.proto import wandb_internal_pb2 as pb
+    content, at, part = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7: at += left; continue
+        _, size, kind = struct.unpack("<IHB", content[at:at + 7]); part += content[at + 7:at + 7 + size]; at += 7 + size
+        if kind in (1, 4):
+            record = pb.Record(); record.ParseFromString(part); part = b""
+            if record.WhichOneof("record_type") == "history": yield {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+
+
+def test_wandb_gets_the_same_numbers(tmp_path):
+    folder = tmp_path/"run"
+    done = command("lop-run", *SMALL, "intervention=backprop", "logging.wandb=true", "logging.figures=false", f"hydra.run.dir={folder}", env=dict(WANDB_MODE="offline"))
+    assert done.returncode == 0, done.stderr
+    rows = list(history(next((folder/"wandb").rglob("*.wandb"))))
+    logged = {(r["step"], r["task"], r["epoch"], k): v for r in rows for k, v in r.items() if k.endswith(("seed_42", "seed_43"))}
+    ours = {(r.step, r.task, r.epoch, "/".join(filter(None, (r.split, r.layer, r.metric, f"seed_{r.seed}")))): r.value for r in read_records(folder).itertuples()}
+    assert logged == pytest.approx(ours)
