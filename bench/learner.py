@@ -2,7 +2,10 @@
 
     python bench/learner.py [--rounds 5] [--seconds 3] [--device cpu]
 
-Baseline: one `nn.Module`, a DataLoader over a TensorDataset, torch's default Adam, `.item()` of the loss at each step.
+Baseline: one `nn.Module`, a DataLoader over a TensorDataset, torch's default Adam, loss and accuracy by `.item()` at each step.
+The learner does the same work: it shuffles, permutes the pixels, and records loss and accuracy.
+Twice: on standardised pixels from the start, and on raw pixels 0…255 after an epoch, when half of the units are silent and their moments
+decay into denormal numbers, which the learner rounds to zero and a plain loop does not.
 All variants run in one process, in turn, round after round; a figure is the median over rounds, its spread the lowest and highest.
 Examples are counted over all replicas. CPU time is used on a CPU (other programs disturb it less), wall time on a GPU.
 The pixels are MNIST where LOP_DATA has it, else random with as many zeros; the arithmetic is the same.
@@ -42,34 +45,37 @@ def digits28():
     return Dataset("random", Split(x, y), Split(x[:0], y[:0]), Split(x[:1000], y[:1000]), [str(i) for i in range(10)], [.13], [.31], "", "", "")
 
 
-def plain(data, device, seconds):
-    x = data.scale(data.train.x, "standardize").flatten(1)
+def plain(data, device, seconds, how, skip):
+    x = data.scale(data.train.x, how).flatten(1)
     loader = DataLoader(TensorDataset(x, data.train.y), batch_size=32, shuffle=True)
     model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10)).to(device)
     opt, loss_of = torch.optim.Adam(model.parameters()), nn.CrossEntropyLoss()
-    seen, total, start = 0, 0., clock(device)
+    step, total, hits = 0, 0., 0
     while True:
         for xb, yb in loader:
+            if step == skip: start = clock(device)
             xb, yb = xb.to(device), yb.to(device)
-            loss = loss_of(model(xb), yb)
+            out = model(xb); loss = loss_of(out, yb)
             opt.zero_grad(); loss.backward(); opt.step()
-            total += loss.item(); seen += len(yb)
-            if seen % 3200 == 0 and clock(device) - start > seconds: return seen / (clock(device) - start)
+            total += loss.item(); hits += (out.argmax(1) == yb).sum().item(); step += 1
+            if step > skip and step % 100 == 0 and clock(device) - start > seconds: return (step - skip) * 32 / (clock(device) - start)
 
 
 class Stopwatch(Callback):
-    def __init__(self, device, seconds): self.device, self.seconds = device, seconds
-    def before_epoch(self, learner): self.start, self.first = clock(self.device), learner.at.examples
+    def __init__(self, device, seconds, skip): self.device, self.seconds, self.skip = device, seconds, skip
+    def before_task(self, learner): self.start = clock(self.device)
     def after_step(self, learner):
-        if learner.at.batch % 100: return
+        step = learner.at.step
+        if step == self.skip: self.start = clock(self.device)
+        if step <= self.skip or step % 100: return
         spent = clock(self.device) - self.start
-        if spent > self.seconds: self.rate = (learner.at.examples - self.first) * len(learner.replicas) / spent; raise Enough
+        if spent > self.seconds: self.rate = (step - self.skip) * 32 * len(learner.replicas) / spent; raise Enough
 
 
-def ours(data, device, seconds, R, strategy, implementation):
+def ours(data, device, seconds, how, skip, R, strategy, implementation):
     nets = Replicas(lambda: MLP(784, 10, hidden_sizes=[256], normalization="none", dropout_p=0.), range(R), strategy, device)
-    watch = Stopwatch(device, seconds)
-    learner = Learner(nets, PermutedPixels(data, tasks=1), Adam(implementation=implementation), epochs=1000, callbacks=[watch], defaults=[Online()])
+    watch = Stopwatch(device, seconds, skip)
+    learner = Learner(nets, PermutedPixels(data, tasks=1, normalize=how), Adam(implementation=implementation), epochs=1000, callbacks=[watch], defaults=[Online()])
     try: learner.fit()
     except Enough: return watch.rate
 
@@ -81,21 +87,29 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = digits28(); resident = data.to(args.device)
-    runs = {("plain DataLoader loop", 1): lambda: plain(data, args.device, args.seconds)}
-    for R in args.replicas:
-        for strategy in "loop", "vmap":
-            for how in "foreach", "fused":
-                runs[f"learner, {strategy}, {how}", R] = lambda R=R, s=strategy, h=how: ours(resident, args.device, args.seconds, R, s, h)
-    for run in runs.values(): run()   # warm up
-    rates = {k: [] for k in runs}
-    for _ in range(args.rounds):
-        for k, run in runs.items(): rates[k].append(run())
-    base = rates["plain DataLoader loop", 1]
+    settings = [("standardize", 0, args.replicas), ("raw255", 1700, [1])]   # pixels, steps before the clock starts, replicas
     print(f"torch {torch.__version__}, {args.device}, data {data.name}, {args.rounds} rounds of {args.seconds:g} s\n")
-    print("| variant | R | examples/s | (low–high) | ratio to the plain loop |\n|---|---|---|---|---|")
+    print("| pixels | variant | R | examples/s | (low–high) | ratio to the plain loop |\n|---|---|---|---|---|---|")
+    for how, skip, replicas in settings:
+        runs = {("plain DataLoader loop", 1): lambda: plain(data, args.device, args.seconds, how, skip)}
+        for R in replicas:
+            for strategy in ("loop", "vmap") if how == "standardize" else ("loop",):
+                for kind in "foreach", "fused":
+                    runs[f"learner, {strategy}, {kind}", R] = lambda R=R, s=strategy, k=kind: ours(resident, args.device, args.seconds, how, skip, R, s, k)
+        report(how, runs, args.rounds)
+
+
+def report(how, runs, rounds):
+    "Run the variants in turn, `rounds` times after a warm-up, and print a line for each"
+    rates = {k: [] for k in runs}
+    for i in range(rounds + 1):
+        for k, run in runs.items():
+            rate = run()
+            if i: rates[k].append(rate)
+    base = rates["plain DataLoader loop", 1]
     for (name, R), r in rates.items():
         ratio = statistics.median(a / b for a, b in zip(r, base))
-        print(f"| {name} | {R} | {statistics.median(r):,.0f} | {min(r):,.0f}–{max(r):,.0f} | {ratio:.2f} |")
+        print(f"| {how} | {name} | {R} | {statistics.median(r):,.0f} | {min(r):,.0f}–{max(r):,.0f} | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ def _step(self:Learner, x, y):
     "One step of every replica on its own batch: x [R, B, …], y [R, B]"
     out = self.replicas(x, self._reads)
     self.logits, self.seen = out if self._reads else (out, {})
-    self.y, self.loss = y, self.task.loss(self.logits, y).mean(1)
-    self.replicas.zero_grad(); self.loss.sum().backward()
+    self.y, self.losses = y, self.task.loss(self.logits, y)   # losses [R, B]
+    self.replicas.backward(self.losses)
     self.call("after_backward")
     self.optimizer.step()
     self.at.batch += 1; self.at.step += 1; self.at.examples += y.shape[1]
@@ -107,7 +107,7 @@ def _step(self:Learner, x, y):
     if self.stopping: self.safe = True; raise KeyboardInterrupt
 
 # %% ../nbs/api/11_learner.ipynb #2d856429
-chunk_bytes = 2**26   # of fetched examples, all replicas together
+chunk_bytes = 2**21   # of fetched examples, all replicas together: more would leave the caches
 
 @patch
 def _batches(self:Learner):
@@ -187,27 +187,37 @@ def records(self:Learner): return self.store.frame()
 class Online(Callback):
     "Loss and accuracy on the batches trained on: for each epoch, and over the whole task"
     def before_fit(self, learner):
-        zeros = torch.zeros(2, 3, len(learner.replicas))   # span × (loss, hits, examples) × replica
-        self.sums = getattr(self, "sums", zeros).to(learner.replicas.device)
+        zeros = lambda: torch.zeros(3, len(learner.replicas))     # (loss, hits, examples) × replica
+        if not hasattr(self, "epoch"): self.epoch, self.task, self.kept = zeros(), zeros(), []
+        to = lambda t: t.to(learner.replicas.device)
+        self.epoch, self.task, self.kept = to(self.epoch), to(self.task), [tuple(map(to, k)) for k in self.kept]
     def after_step(self, learner):
-        hits = learner.task.correct(learner.logits.detach(), learner.y)
-        B = hits.shape[1]
-        self.sums += torch.stack([learner.loss.detach()*B, hits.sum(1), torch.full_like(learner.loss, B)])
-    def state_dict(self): return dict(sums=self.sums)
-    def load_state_dict(self, state): self.sums = state["sums"]
+        self.kept.append((learner.losses.detach(), learner.logits.detach(), learner.y))
+        if len(self.kept) == 32: self._add(learner)
+    def state_dict(self): return dict(epoch=self.epoch, task=self.task, kept=self.kept)
+    def load_state_dict(self, state): vars(self).update(state)
 
 # %% ../nbs/api/11_learner.ipynb #456a16bd
 @patch
-def after_epoch(self:Online, learner): self._close(learner, 0, "train_")
+def _add(self:Online, learner):
+    "Add what was kept to the sums of the epoch"
+    losses, logits, y = (torch.cat(k, 1) for k in zip(*self.kept))
+    hits = learner.task.correct(logits, y)
+    self.epoch += torch.stack([losses.sum(1), hits.sum(1), torch.full_like(losses[:, 0], y.shape[1])])
+    self.kept = []
 
 @patch
-def after_task(self:Online, learner): self._close(learner, 1, "online_")
+def after_epoch(self:Online, learner):
+    if self.kept: self._add(learner)
+    self._log(learner, "train", self.epoch)
+    self.task += self.epoch; self.epoch.zero_()
 
 @patch
-def _close(self:Online, learner, span, prefix):
-    loss, hits, n = self.sums[span]
-    learner.log(prefix + "loss", loss/n, "train"); learner.log(prefix + "accuracy", hits/n, "train")
-    self.sums[span] = 0
+def after_task(self:Online, learner): self._log(learner, "online", self.task); self.task.zero_()
+
+@patch
+def _log(self:Online, learner, prefix, sums):
+    for name, v in zip(("loss", "accuracy"), sums[:2] / sums[2]): learner.log(f"{prefix}_{name}", v, "train")
 
 # %% ../nbs/api/11_learner.ipynb #da39eea7
 def evaluate(

@@ -51,15 +51,15 @@ def fetch(self:View,
 # %% ../nbs/api/07_streams.ipynb #328d1538
 def mask_logits(
     logits, # [R, B, K]
-    classes # bool [R, K]: the active ones
+    classes # bool [R, K]: the active ones; None: all
 ):
     "Logits with −∞ for classes that the task does not have"
-    return logits.masked_fill(~classes[:, None], -torch.inf)
+    return logits if classes is None else logits.masked_fill(~classes[:, None], -torch.inf)
 
 def masked_cross_entropy(
     logits, # [R, B, K]
     y,      # int64 [R, B]
-    classes # bool [R, K]: the active ones
+    classes # bool [R, K]: the active ones; None: all
 ):          # [R, B]
     "Cross-entropy over the active classes, for each example"
     return F.cross_entropy(mask_logits(logits, classes).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
@@ -74,8 +74,9 @@ class Task:
     val: View            # None if a task has nothing to generalise to
     test: View
     classes: torch.Tensor # bool [R, K]
-    def loss(self, logits, y): return masked_cross_entropy(logits, y, self.classes)              # [R, B, K], [R, B] -> [R, B]
-    def correct(self, logits, y): return mask_logits(logits, self.classes).argmax(-1) == y       # -> bool [R, B]
+    def __post_init__(self): self.active = None if self.classes.all() else self.classes      # nothing to mask: every step saves the work
+    def loss(self, logits, y): return masked_cross_entropy(logits, y, self.active)           # [R, B, K], [R, B] -> [R, B]
+    def correct(self, logits, y): return mask_logits(logits, self.active).argmax(-1) == y    # -> bool [R, B]
 
 # %% ../nbs/api/07_streams.ipynb #2cfc5f0b
 class Stream:
