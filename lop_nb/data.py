@@ -81,9 +81,9 @@ def scale(self:Dataset,
     "Pixels as numbers for a network"
     one_of("normalize", how, ["raw255", "unit", "standardize"])
     if how == "raw255": return x.float()
-    if how == "unit": return x / 255
+    if how == "unit": return x.float().div_(255)
     mean, std = (255 * torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
-    return x.mul(1 / std).sub_(mean / std)
+    return x.float().mul_(1 / std).sub_(mean / std)
 
 # %% ../nbs/api/04_data.ipynb #8608a0a7
 @patch
