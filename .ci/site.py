@@ -33,7 +33,8 @@ def main():
     subprocess.run(["nbdev-proc-nbs"], check=True)
     for f in filter(Path.is_file, sorted(proc.rglob("*"))):
         to = stage/page(f.relative_to(proc).as_posix()); to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(QUARTO_ONLY.sub("", f.read_text()))
+        if f.suffix in (".ipynb", ".yml"): to.write_text(QUARTO_ONLY.sub("", f.read_text()))
+        else: shutil.copy(f, to)
     sidebar = yaml.safe_load((stage/"sidebar.yml").read_text())
     sidebar["website"]["sidebar"]["contents"] = list(pages(sidebar["website"]["sidebar"]["contents"]))
     (stage/"sidebar.yml").write_text(yaml.safe_dump(sidebar))
