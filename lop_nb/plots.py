@@ -101,9 +101,12 @@ def save_figures(
     df,    # records
     folder # where the pictures go; made if it is not there
 )->list:   # the paths, the overview first
-    "Write the overview and a figure for each metric that was measured at the end of tasks"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    "Write the overview and a figure for each metric that was measured at the end of tasks; `LopError` if the disk refuses"
+    folder = Path(folder)
     names = list(dict.fromkeys(df[~df.metric.str.startswith(("train_", "val_"))].metric))
     figures = {"overview": plot_overview(df)} | {m: plot_metric(df, m) for m in names} if names else {}
-    for name, fig in figures.items(): fig.savefig(folder/f"{name}.png", dpi=120)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, fig in figures.items(): fig.savefig(folder/f"{name}.png", dpi=120)
+    except OSError as e: raise LopError(f"Could not write the figures to {folder}: {e.strerror}. Choose another folder; the records are untouched.") from e
     return [folder/f"{name}.png" for name in figures]

@@ -10,7 +10,7 @@ from lop_nb.learner import checkpoints
 from lop_nb.records import read_records
 
 BIN = Path(sys.executable).parent
-ENV = os.environ | dict(WANDB_MODE="disabled", OMP_NUM_THREADS="1")
+ENV = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(WANDB_MODE="disabled", OMP_NUM_THREADS="1")   # IN_TEST hides progress bars
 SMALL = ["stream.tasks=3", "training.epochs=1", "training.replicas=2"]
 ARMS = ["backprop", "continual_backprop", "l2_init"]
 
@@ -83,7 +83,7 @@ def start(folder, *more):
     return subprocess.Popen([BIN/"lop-run", *LONG, f"hydra.run.dir={folder}", *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
 
 
-LONG = ["stream.tasks=25", "training.epochs=2", "training.replicas=2", "logging.checkpoint_seconds=0.1", "logging.figures=false", "metrics.probe_size=100"]
+LONG = ["stream.tasks=40", "training.epochs=2", "training.replicas=2", "logging.checkpoint_seconds=0.1", "logging.figures=false", "metrics.probe_size=100"]
 
 
 def final(folder):
@@ -119,7 +119,7 @@ def test_killed_and_resumed_equals_never_killed(never_killed, tmp_path):
             seen = checkpoints(folder/"checkpoints"/arm)[-1:]
             process = start(folder, "resume=true")
             wait_for(lambda: checkpoints(folder/"checkpoints"/arm)[-1:] != seen, process)
-            time.sleep(rng.uniform(0, .3))
+            time.sleep(rng.uniform(0, .2))
             process.send_signal(signal.SIGKILL); process.wait(); process.stderr.close()
             assert not (folder/"records.parquet").exists(), "the run ended before it was killed"
             assert len(read_records(folder)) > 0
