@@ -6,10 +6,10 @@ Docs: https://lop-nb.github.io/lop_nb/api/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['stream_kinds', 'intervention_kinds', 'make_data', 'make_stream', 'seeds', 'make_replicas', 'make_interventions',
-           'Wandb', 'make_learner', 'open_folder', 'run_study', 'summary']
+           'Wandb', 'make_learner', 'open_folder', 'saved_arms', 'run_study', 'summary']
 
 # %% ../nbs/api/15_experiments.ipynb #0ecb8115
-import json, os, platform, sys, time
+import json, os, platform, shutil, sys, time
 from pathlib import Path
 import torch
 from omegaconf import OmegaConf
@@ -103,6 +103,15 @@ def _flat(d, prefix=""):
     return {k2: v2 for k, v in d.items() for k2, v2 in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}).items()}
 
 # %% ../nbs/api/15_experiments.ipynb #84351333
+def saved_arms(cfg, folder)->dict: # {arm: its newest saved state, or None}
+    "Where each arm stands; an arm counts only if those before it have finished, since their rows come first"
+    states, ready = {}, True
+    for arm in cfg.intervention.arms:
+        states[arm] = s = load_checkpoint(folder/"checkpoints"/arm) if ready else None
+        ready = bool(s) and s["at"]["done"] and s["at"]["task"] == s["stream"]["tasks"] - 1
+    return states
+
+# %% ../nbs/api/15_experiments.ipynb #50030b2d
 def run_study(
     cfg,   # a composed config
     folder # where the run goes
@@ -112,7 +121,7 @@ def run_study(
     data = make_data(cfg, pick_device(cfg.training.device))
     for arm in cfg.intervention.arms: make_learner(cfg, arm, data)   # what can't be built is refused before the folder is touched
     folder = open_folder(cfg, folder)
-    states = {arm: load_checkpoint(folder/"checkpoints"/arm) for arm in cfg.intervention.arms}
+    states = saved_arms(cfg, folder)
     store = Records(folder, resume_at=max((s["rows"] for s in states.values() if s), default=0) if cfg.resume else None)
     finished = False
     try:
@@ -124,6 +133,7 @@ def run_study(
 def _run_arm(cfg, arm, data, folder, store, state):
     learner = make_learner(cfg, arm, data, folder, store)
     if state: learner.load_state_dict(state)
+    else: shutil.rmtree(folder/"checkpoints"/arm, ignore_errors=True)   # of an arm that is trained again
     write_atomic(folder/"stream.json", json.dumps(learner.stream.record()))
     if not learner.finished: learner.fit()
 

@@ -309,4 +309,4 @@ def load_checkpoint(
     for f in reversed(files):
         try: return torch.load(f, map_location="cpu", weights_only=True)
         except Exception as e: warnings.warn(f"{f} cannot be read ({type(e).__name__}); trying the one before it.")
-    if files: raise LopError(f"No checkpoint in {folder} can be read. Delete the folder to start again; the records stay.")
+    if files: raise LopError(f"No checkpoint in {folder} can be read. Delete that folder to train this arm again from its start.")
