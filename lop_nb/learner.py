@@ -113,9 +113,9 @@ chunk_bytes = 2**21   # of fetched examples, all replicas together: more would l
 def _batches(self:Learner):
     "The batches of this epoch that have not been trained on"
     view, B, R = self.task.train, self.batch_size, len(self.replicas)
-    order = torch.stack([torch.randperm(view.n, generator=generator(s, "order", self.at.task, self.at.epoch)) for s in self.replicas.seeds])
+    order = torch.stack([torch.randperm(view.n, generator=generator(s, "order", self.at.task, self.at.epoch)) for s in self.replicas.seeds])[:, self.at.batch*B:]
     many = B * max(1, chunk_bytes // (4 * R * B * self.stream.data.input_size))
-    for picks in order[:, self.at.batch*B:].to(self.replicas.device).split(many, 1):
+    for picks in order.to(self.replicas.device).split(many, 1) if self.at.batch*B < view.n else ():   # none left: stopped at an epoch's last step
         x, y = view.fetch(picks)
         yield from zip(x.split(B, 1), y.split(B, 1))
 

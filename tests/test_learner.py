@@ -1,0 +1,56 @@
+"A run stopped at any step, and taken up by a new learner from its checkpoint, is the run that was never stopped."
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+
+from lop_nb.config import Adam
+from lop_nb.data import load
+from lop_nb.interventions import ContinualBackprop, L2Init
+from lop_nb.learner import Callback, Checkpoint, Evaluate, Learner, Online, load_checkpoint
+from lop_nb.models import MLP
+from lop_nb.monitor import Monitor
+from lop_nb.records import Records
+from lop_nb.replicas import Replicas
+from lop_nb.streams import PermutedPixels
+
+DATA = load("digits")
+BATCHES = -(-len(DATA.train) // 32)   # of an epoch; an epoch's last step, the first of the next, and those of a task are where mistakes would be
+ARMS = dict(backprop=lambda: [], cbp=lambda: [ContinualBackprop(.01, 10)], l2_init=lambda: [L2Init()])
+
+
+class Stop(Callback):
+    def __init__(self, step=None): self.step = step
+    def after_step(self, learner): learner.stopping = learner.stopping or learner.at.step == self.step
+
+
+def learner(arm, folder, step=None, resume_at=None, **optimizer):
+    nets = Replicas(partial(MLP, 64, 10, hidden_sizes=[12, 8], dropout_p=.1), [0, 1])
+    callbacks = [Online(), Evaluate(), Monitor(["dead_fraction", "effective_rank"]), *ARMS[arm](), Stop(step), Checkpoint(folder/"checkpoints", 1e9)]
+    return Learner(nets, PermutedPixels(DATA, tasks=3), Adam(lr=.01, **optimizer), epochs=2, callbacks=callbacks, store=Records(folder/"records", resume_at=resume_at), defaults=())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return {arm: learner(arm, tmp_path_factory.mktemp(arm)).fit() for arm in ARMS}
+
+
+@pytest.mark.parametrize("step", [1, 33, BATCHES - 1, BATCHES, BATCHES + 1, 2*BATCHES, 2*BATCHES + 1, 6*BATCHES - 1, 6*BATCHES])
+@pytest.mark.parametrize("arm", ARMS)
+def test_stopped_anywhere(arm, step, tmp_path, whole):
+    first = learner(arm, tmp_path, step)
+    with pytest.raises(KeyboardInterrupt): first.fit()
+    assert first.at.step == step
+    first.store.close()
+    state = load_checkpoint(tmp_path/"checkpoints")
+    second = learner(arm, tmp_path, resume_at=state["rows"]); second.load_state_dict(state); second.fit()
+    for k, p in (second.replicas.params | second.replicas.buffers).items():
+        assert torch.equal(p, (whole[arm].replicas.params | whole[arm].replicas.buffers)[k]), k
+    pd.testing.assert_frame_equal(second.records, whole[arm].records, check_exact=True)
+
+
+def test_a_fresh_optimizer_for_each_task(tmp_path):
+    run = learner("backprop", tmp_path, reinit_optimizer=True).fit()
+    steps = {int(s["step"]) for s in run.optimizer.state.values()}
+    assert steps == {2 * BATCHES}
