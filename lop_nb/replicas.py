@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch.func import functional_call, vmap
-from .runtime import Generators, LopError, one_of, seeded
+from .runtime import Generators, LopError, generator, one_of, seeded
 from .units import UnitGraph
 
 # %% ../nbs/api/14_replicas.ipynb #6115a905
@@ -28,7 +28,7 @@ class Replicas:
     ):
         self.seeds, self.strategy = [int(s) for s in seeds], one_of("strategy", strategy, ["loop", "vmap"])
         if not self.seeds: raise LopError("Replicas needs at least one seed, for example seeds=range(3).")
-        self.device = torch.device(device or "cpu")
+        self.device, self.make_model = torch.device(device or "cpu"), make_model
         self.generators = [Generators(s, self.device) for s in self.seeds]
         self.modules = [self._build(make_model, r, dtype) for r in range(len(self))]
         self.params, self.buffers = self._stack("named_parameters"), self._stack("named_buffers")
@@ -155,6 +155,19 @@ def load_state_dict(self:Replicas, state):
         with torch.no_grad():
             for k, v in saved.items(): mine[k].copy_(v)
     for g, s in zip(self.generators, state["generators"]): g.load_state_dict(s)
+
+# %% ../nbs/api/14_replicas.ipynb #b3206054
+@patch
+@torch.no_grad()
+def reset(self:Replicas,
+    *names,   # what the draw is for, after "init"
+    only=None # names of parameters and buffers; None: all
+):
+    "Initialise anew, each replica from its own seed; optimizers keep pointing to the same tensors"
+    for r, seed in enumerate(self.seeds):
+        with seeded(generator(seed, "init", *names)): new = self.make_model().state_dict()
+        for k, v in (self.params | self.buffers).items():
+            if only is None or k in only: v[r].copy_(new[k])
 
 # %% ../nbs/api/14_replicas.ipynb #5889a548
 @patch(as_prop=True)

@@ -55,7 +55,7 @@ def test_a_sweep_makes_a_folder_each(tmp_path):
     (["metrics.names=[dead_fractoin]"], "Did you mean 'dead_fraction'?"),
     (["intervention.arms=[l2init]"], "Did you mean 'l2_init'?"),
     (["+experiment=tickets/lopp"], "Did you mean 'tickets/lop'?"),
-    (["training.epochs=0"], "at least 1"),
+    (["training.epochs=0"], "[1, ∞)"),
     (["nonsense"], "key=value"),
 ])
 def test_bad_words_get_a_message(words, says, tmp_path):
