@@ -70,6 +70,15 @@ class NoisySGD(torch.optim.SGD):
         for d in self.defaults, *self.param_groups: d.update(own)
         self.generators = generators
         self._check()
+    @torch.no_grad()
+    def step(self):
+        "One step of SGD on noisy gradients; `grad` stays what it was"
+        clean = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        try:
+            for group in self.param_groups: self._add_noise(group)
+            super().step()
+        finally:
+            for p, g in clean: p.grad = g
 
 # %% ../nbs/api/16_optimizers.ipynb #0376d0d4
 @patch
@@ -83,17 +92,6 @@ def _check(self:NoisySGD):
         if sizes - {len(self.generators)}: raise LopError(f"Noisy SGD got {len(self.generators)} generators for parameters of {', '.join(map(str, sorted(sizes)))} replicas (the first axis). Pass one for each.")
 
 # %% ../nbs/api/16_optimizers.ipynb #c950956a
-@patch
-@torch.no_grad()
-def step(self:NoisySGD):
-    "One step of SGD on noisy gradients; `grad` stays what it was"
-    clean = [(p, p.grad) for group in self.param_groups for p in group["params"]]
-    try:
-        for group in self.param_groups: self._add_noise(group)
-        torch.optim.SGD.step(self)
-    finally:
-        for p, g in clean: p.grad = g
-
 @patch
 def _add_noise(self:NoisySGD, group):
     "Put g + σₜ‖g‖z where g was, for all parameters of a group, and count the step"
