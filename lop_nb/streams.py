@@ -370,7 +370,8 @@ def _sampling(self:Crossing, pick, change, a):
     is_old, before = a < self.until.gather(1, pick), self.partner.gather(1, pick)
     mix = lambda old, new: torch.where(is_old.view(is_old.shape + (1,)*(new.ndim - 2)), old, new)
     x = change(mix(self.old.picture(before), self.new.picture(pick)))
-    return mix(self.old.look(x), self.new.look(x)), mix(self.old.label(before), self.new.label(pick))
+    looked = self.new.look(x) if self.new.looks_as(self.old) else mix(self.old.look(x), self.new.look(x))
+    return looked, mix(self.old.label(before), self.new.label(pick))
 
 # %% ../nbs/api/13_streams.ipynb #1bc23a0e
 @dataclass

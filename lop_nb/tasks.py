@@ -67,6 +67,11 @@ def look(self:View, x):
     if self.angles is not None: x = rotate(x.float(), self.angles)
     return self.data.scale(x, self.how)
 
+@patch
+def looks_as(self:View, other):
+    "Does a raw picture look the same in both views?"
+    return self.pixels is other.pixels and self.angles is other.angles
+
 # %% ../nbs/api/12_tasks.ipynb #680f9e7d
 @patch
 def fetch(self:View,

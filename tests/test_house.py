@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {p.stem: p for p in (ROOT/"lop_nb").glob("[a-z]*.py")}
 NOTEBOOKS = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 CELLS = {p: json.loads(p.read_text())["cells"] for p in NOTEBOOKS}
-SIDEWAYS = {("units", "models"), ("monitor", "learner"), ("interventions", "learner"), ("tracking", "learner"), ("experiments", "plots"), ("config", "runtime"), ("records", "runtime")}
+SIDEWAYS = {("streams", "tasks"), ("checkpoints", "learner"), ("monitor", "learner"), ("interventions", "learner"), ("tracking", "learner"), ("experiments", "plots"), ("config", "runtime"), ("records", "runtime"),
+            *((m, n) for m in ("chains", "resnet", "vit", "models", "units") for n in ("layers", "chains", "resnet", "vit", "models") if m != n)}
 DISTRIBUTION = dict(sklearn="scikit-learn", hydra="hydra-core", omegaconf="hydra-core", yaml="pyyaml", pynvml="nvidia-ml-py")
 
 
