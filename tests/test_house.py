@@ -17,6 +17,7 @@ MODULES = {p.stem: p for p in (ROOT/"lop_nb").glob("[a-z]*.py")}
 NOTEBOOKS = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 CELLS = {p: json.loads(p.read_text())["cells"] for p in NOTEBOOKS}
 SIDEWAYS = {("units", "models"), ("monitor", "learner"), ("interventions", "learner"), ("experiments", "plots"), ("config", "runtime"), ("records", "runtime")}
+SIDEWAYS |= {("chains", "layers"), ("resnet", "layers"), ("resnet", "chains"), ("vit", "layers"), *(("models", m) for m in ("layers", "chains", "resnet", "vit"))}
 DISTRIBUTION = dict(sklearn="scikit-learn", hydra="hydra-core", omegaconf="hydra-core", yaml="pyyaml")
 
 
