@@ -154,7 +154,7 @@ def load_state_dict(self:Replicas, state):
             raise LopError(f"The saved {name} are of another network or another number of replicas. Use the settings that the run was started with.")
         with torch.no_grad():
             for k, v in saved.items(): mine[k].copy_(v)
-    for g, s in zip(self.generators, state["generators"]): g.load_state_dict(s)
+    for g, s in zip(self.generators, state.get("generators", ())): g.load_state_dict(s)   # networks that were kept have none
 
 # %% ../nbs/api/14_replicas.ipynb #b3206054
 @patch
