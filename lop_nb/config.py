@@ -496,11 +496,17 @@ def _composed(lines):
 
 # %% ../nbs/api/02_config.ipynb #f2dda847
 def _reason(e, lines):
-    "Hydra's complaint in one line"
+    "Hydra's complaint in one line, behind the override that is to blame"
     while e.__cause__: e = e.__cause__
-    text = str(e); key = re.search(r"full_key: (\S+)", text)
-    given = next((line for line in lines if key and line.startswith(key[1])), None)
-    return f"{given or 'The config'}: {text.splitlines()[0]}."
+    return f"{_culprit(lines)}: {str(e).splitlines()[0]}."
+
+def _culprit(lines):
+    choices = [line for line in lines if line.lstrip("+").partition("=")[0] in {*options(), "experiment"}]
+    for line in lines:
+        try: check(_compose(list(dict.fromkeys([*choices, line]))))
+        except (HydraException, OmegaConfBaseException): return line
+        except LopError: pass
+    return "The config"
 
 # %% ../nbs/api/02_config.ipynb #04ca231f
 ranges = dict(

@@ -71,7 +71,7 @@ def with_gradients(
 )->dict:                  # {name: (h [R, B, …], ∂L/∂h [R, B, …])}
     "Activations and the gradients of the summed loss with respect to them, in evaluation mode"
     outs = [{} for _ in replicas.modules]
-    def hook(kept, name, module, inputs, out): kept[name] = out
+    def hook(kept, name, module, inputs, out): kept[name] = own = out.view_as(out); return own   # not the input itself, which others may read
     with ExitStack() as stack, replicas.evaluating(), torch.enable_grad():
         for m, kept in zip(replicas.modules, outs):
             for n in places: stack.callback(m.get_submodule(n).register_forward_hook(partial(hook, kept, n)).remove)

@@ -14,8 +14,8 @@ import torch
 from omegaconf import OmegaConf
 
 from lop_nb.config import aliases, compose, expand, options, presets
-from lop_nb.experiments import load_run, plan, run_study
-from lop_nb.models import CNN, MLP
+from lop_nb.experiments import load_run, run_study
+from lop_nb.models import MLP
 from lop_nb.records import read_records
 from lop_nb.runtime import LopError
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lop_nb.config import SGD, Adam, ClassSplitConfig, compose
+from lop_nb.config import SGD, Adam, compose
 from lop_nb.data import load
-from lop_nb.experiments import load_run, make_callbacks, plan, run_study
+from lop_nb.experiments import load_run, plan, run_study
 from lop_nb.interventions import ContinualBackprop
-from lop_nb.learner import Callback, Evaluate, Learner, Online
+from lop_nb.learner import Callback, Learner
 from lop_nb.models import CNN, MLP, ResNet, ViT
 from lop_nb.monitor import Monitor, read_units, select, with_gradients
 from lop_nb.replicas import Replicas
@@ -113,7 +113,7 @@ def test_A41_repeated_expansion():
     with pytest.raises(LopError, match="Cloning is not in this version"): compose(["training.num_expansions=3"])
 
 
-NETS = dict(mlp=lambda: MLP(64, 10, hidden_sizes=[8, 8], dropout_p=0.), cnn=lambda: CNN(1, 8, 10, conv_channels=[4, 4], fc_hidden_units=[8], dropout_p=0.),
+NETS = dict(mlp=lambda: MLP(64, 10, hidden_sizes=[8, 8], dropout_p=0.), cnn=lambda: CNN(1, 8, 10, conv_channels=[4, 4], fc_hidden_units=[8], pool_type="avg", dropout_p=0.),
             resnet=lambda: ResNet(1, 8, 10, layers=[1, 1], base_channels=4, dropout_p=0.), vit=lambda: ViT(1, 8, 10, patch_size=4, embed_dim=8, depth=2, n_heads=2, dropout_p=0., attn_drop_rate=0.))
 
 
