@@ -16,7 +16,7 @@ from .runtime import LopError
 # %% ../nbs/api/05_augment.ipynb #cee34310
 class Augment:
     "Several transforms, one after the other"
-    def __init__(self, *transforms): self.transforms = transforms
+    def __init__(self, *transforms): self.transforms = transforms; _check_once(transforms)
     def __repr__(self): return f"Augment({', '.join(map(repr, self.transforms))})"
     def draw(self,
         n,        # pictures
@@ -35,9 +35,15 @@ class Augment:
 def _apply(transforms, x, draws):
     if x.dtype != torch.uint8: raise LopError(f"Augment works on pixels 0…255 (uint8), not on {x.dtype}: scale them afterwards.")
     lead, flat = x.dim() - 3, x.reshape(-1, *x.shape[-3:])
+    for k, v in draws.items():
+        if v.shape[:lead] != x.shape[:lead]: raise LopError(f"Augment got draws of {list(v.shape[:lead])} pictures ('{k}') for {list(x.shape[:lead])}: they must have the same leading axes.")
     draws = {k: v.to(x.device).reshape(len(flat), *v.shape[lead:]) for k, v in draws.items()}
     for t in transforms: flat = t(flat, draws)
     return flat.view(x.shape)
+
+def _check_once(transforms):
+    kinds = [type(t).__name__ for t in transforms]
+    if len(set(kinds)) < len(kinds): raise LopError(f"Augment({', '.join(kinds)}): a kind of transform can't stand there twice, for its draws are known by its name.")
 
 def _within(name, value, low, high):
     if not low <= value <= high: raise LopError(f"{name}={value} is out of range: it must be at least {low} and at most {high}.")
@@ -108,17 +114,18 @@ def jitter(
     order    # int64 [N, 3]: which is first, second, third
 ):           # uint8, same shape
     "Each picture with its colours changed"
+    if x.shape[1] == 1: factors = factors * factors.new_tensor([1, 1, 0]) + factors.new_tensor([0, 0, 1])   # no colour to saturate
     x = x.float(); on = lambda t: t.view(-1, 1, 1, 1)
     for op, f in zip(order.unbind(1), factors.gather(1, order).unbind(1)):
         g = _grey(x); mean = g.sum((-1, -2), keepdim=True) / g[0, 0].numel() if len(g) else g[..., :1, :1]
         anchor = torch.where(on(op == 2), g, mean * on(op == 1))
-        x = (x*on(f)).add_(anchor * on(1 - f)).clamp_(0, 255).floor_()
+        x = x.mul_(on(f)).add_(anchor.mul_(on(1 - f))).clamp_(0, 255).floor_()
     return x.to(torch.uint8)
 
 def _grey(x):
-    if x.shape[1] == 1: return x
+    if x.shape[1] == 1: return x.clone()
     if x.shape[1] != 3: raise LopError(f"ColorJitter needs pictures of 1 or 3 colours; these have {x.shape[1]}.")
-    return (.2989*x[:, :1] + .587*x[:, 1:2] + .114*x[:, 2:]).floor_()
+    return (.2989*x[:, :1]).add_(.587*x[:, 1:2]).add_(.114*x[:, 2:]).floor_()   # no alpha: a fused step rounds by place in the batch
 
 # %% ../nbs/api/05_augment.ipynb #13f63f1d
 recipes = dict(
