@@ -170,8 +170,8 @@ def forget(
     "Drop all that the optimizer remembers of the parameters called `names`, as if they had just been given to it"
     fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for p in [params[one_of("parameter", n, params)] for n in names]:
-        old = optimizer.state.pop(p, {}).get("momentum_buffer")
-        if old is not None and p in fused: optimizer.state[p]["momentum_buffer"] = _still(optimizer, old)
+        old = optimizer.state.get(p, {}).get("momentum_buffer")
+        optimizer.state[p] = dict(momentum_buffer=_still(optimizer, old)) if old is not None and p in fused else {}
 
 def _still(optimizer, velocity):
     "No velocity, for a kernel that wants one"

@@ -18,7 +18,7 @@ from lop_nb.tracking import Wandb, read_wandb, wandb_key
 
 DATA = load("digits")
 MAKE = partial(MLP, 64, 10, hidden_sizes=[16]*2, normalization="none", dropout_p=0.)
-STEPS = 45                                                     # of an epoch: 1437 digits in batches of 32
+STEPS = -(-DATA.train.y.numel() // 32)                         # of an epoch, in batches of 32
 
 
 class Tell(Callback):
