@@ -16,7 +16,7 @@ from .config import ContinualBackpropConfig, L2InitConfig
 from .learner import Callback
 from .optimizers import memory
 from .runtime import one_of
-from .units import gather, scatter
+from .units import gather, of_all, scatter
 
 # %% ../nbs/api/19_interventions.ipynb #61d6b3d6
 _cbp, _l2 = ContinualBackpropConfig(), L2InitConfig()
@@ -69,7 +69,7 @@ def mean_weight(
     size    # units in the group
 ):          # [R, D]
     "Mean of |weight| over the slices, unit by unit"
-    views = [params[s.param].movedim(s.axis + 1, 1).narrow(1, s.start, size * s.block).unflatten(1, (size, s.block)) for s in slices]
+    views = [of_all(params, s, size) for s in slices]
     return sum(v.abs().flatten(2).sum(2) for v in views) / sum(v[0, 0].numel() for v in views)
 
 # %% ../nbs/api/19_interventions.ipynb #f9ce793f
@@ -153,7 +153,7 @@ class ContinualBackprop(Callback):
 @patch
 def before_fit(self:ContinualBackprop, learner):
     nets = learner.replicas
-    self.groups = nets.graph.groups; self.reads = tuple(g.passed for g in self.groups)
+    self.groups = [g for g in nets.graph.groups if g.renewable]; self.reads = tuple(g.passed for g in self.groups)
     for g in self.groups:
         if g.name in self.stats: self.stats[g.name] = {k: v.to(nets.device) for k, v in self.stats[g.name].items()}; continue
         like = nets.params[g.reads[0].param]
@@ -169,7 +169,8 @@ def after_step(self:ContinualBackprop, learner):
         stats, n = self.stats[g.name], self.schedules[g.name].due()
         w_in = mean_weight(params, g.weights, g.size) if "adapt" in self.utility else None
         w_out = mean_weight(params, g.writes, g.size) if self.utility != "adaptation" else None
-        f_hat, u_hat = update_utility(stats, learner.seen[g.passed].detach(), w_in, w_out, self.decay, self.utility)
+        h = learner.seen[g.passed].detach().movedim(g.axis + 1, 2)      # of tokens [R, B, T, D]: to [R, B, D, T]
+        f_hat, u_hat = update_utility(stats, h, w_in, w_out, self.decay, self.utility)
         if n: self._replace(learner, g, u_hat.masked_fill(stats["age"] <= self.maturity, torch.inf).argsort(dim=1, stable=True)[:, :n], f_hat)
 
 # %% ../nbs/api/19_interventions.ipynb #368afb6e
