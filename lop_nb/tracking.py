@@ -8,7 +8,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/tracking.html.md"""
 __all__ = ['wandb_key', 'wandb_row', 'Wandb', 'wandb_records', 'read_wandb']
 
 # %% ../nbs/api/19b_tracking.ipynb #6d0bcf3f
-import json, math, os, struct, sys, warnings
+import json, math, os, struct, sys, time, warnings
 from importlib.util import find_spec
 from pathlib import Path
 from fastcore.basics import patch
@@ -136,8 +136,16 @@ def wandb_records(
         _, size, kind = struct.unpack("<IHB", b[at:at + 7]); part += b[at + 7:at + 7 + size]; at += 7 + size
         if kind in (1, 4) and at <= len(b): record = pb.Record(); record.ParseFromString(part); part = b""; yield record   # whole, or the last part
 
-def read_wandb(file)->dict: # project, entity, name, group, arm, tags, config, rows, summary, axes, exit_code
+def read_wandb(
+    file,   # an offline run
+    wait=0. # seconds to wait for its end
+)->dict:    # project, entity, name, group, arm, tags, config, rows, summary, axes, exit_code (None: it has not ended, or was killed)
     "What a W&B offline file says"
+    until = time.monotonic() + wait
+    while (out := _read(file))["exit_code"] is None and time.monotonic() < until: time.sleep(.02)
+    return out
+
+def _read(file):
     out = dict(rows=[], summary={}, axes={}, config={}, exit_code=None)
     for r in wandb_records(file):
         kind = r.WhichOneof("record_type")
