@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lop_nb.learner import checkpoints
+from lop_nb.checkpoints import checkpoints
 from lop_nb.records import read_records
+from lop_nb.tracking import read_wandb, wandb_key
 
 BIN = Path(sys.executable).parent
 ENV = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(WANDB_MODE="disabled", OMP_NUM_THREADS="1")   # IN_TEST hides progress bars
@@ -145,24 +146,23 @@ def test_ctrl_c_keeps_what_was_computed(tmp_path):
     assert len(read_records(folder)) and not json.loads((folder/"summary.json").read_text())["finished"]
 
 
-def history(path):
-    "The rows that W&B logged to an offline file (LevelDB's log framing around protobuf records)"
-    import struct
-    from wandb.proto import wandb_internal_pb2 as pb
-    content, at, part = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        if (left := 32768 - at % 32768) < 7: at += left; continue
-        _, size, kind = struct.unpack("<IHB", content[at:at + 7]); part += content[at + 7:at + 7 + size]; at += 7 + size
-        if kind in (1, 4):
-            record = pb.Record(); record.ParseFromString(part); part = b""
-            if record.WhichOneof("record_type") == "history": yield {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-
-
 def test_wandb_gets_the_same_numbers(tmp_path):
     folder = tmp_path/"run"
-    done = command("lop-run", *SMALL, "intervention=backprop", "logging.wandb=true", "logging.figures=false", f"hydra.run.dir={folder}", env=dict(WANDB_MODE="offline"))
+    done = command("lop-run", *SMALL, "intervention=backprop", "use_wandb=true", "wandb_tags=[a]", "logging.figures=false", f"hydra.run.dir={folder}", env=dict(WANDB_MODE="offline"))
     assert done.returncode == 0, done.stderr
-    rows = list(history(next((folder/"wandb").rglob("*.wandb"))))
-    logged = {(r["step"], r["task"], r["epoch"], k): v for r in rows for k, v in r.items() if k.endswith(("seed_42", "seed_43"))}
-    ours = {(r.step, r.task, r.epoch, "/".join(filter(None, (r.split, r.layer, r.metric, f"seed_{r.seed}")))): r.value for r in read_records(folder).itertuples()}
-    assert logged == pytest.approx(ours)
+    told = read_wandb(next((folder/"wandb").rglob("*.wandb")), wait=20)
+    logged = {(r["global_step"], k): v for r in told["rows"] for k, v in r.items() if "/seed_" in k}
+    assert logged == pytest.approx({(r.step, f"{wandb_key(r.split, r.layer, r.metric)}/seed_{r.seed}"): r.value for r in read_records(folder).itertuples()})
+
+
+def test_without_wandb_it_is_never_imported(tmp_path):
+    code = f"import sys; sys.argv = ['lop-run', 'stream.tasks=1', 'training.epochs=1', 'intervention=backprop', 'logging.figures=false', 'hydra.run.dir={tmp_path}/run']; from lop_nb.cli import run; run(); assert 'wandb' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, timeout=120).returncode == 0
+
+
+def test_a_run_may_be_resumed_with_other_views(tmp_path):
+    "what only looks and shows may change between two parts of a run"
+    words = [*SMALL, "intervention=backprop", "logging.figures=false", "logging.checkpoint_seconds=0", f"hydra.run.dir={tmp_path}/run"]
+    assert command("lop-run", *words, "logging.progress=false").returncode == 0
+    again = command("lop-run", *words, "resume=true")
+    assert again.returncode == 0, again.stderr
