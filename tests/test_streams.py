@@ -209,14 +209,17 @@ def test_quarter_turns_are_exact(turns, size, seed):
 
 def test_a_turn_is_rigid_where_pictures_are_not_square():
     "a bright pixel of a 9×5 picture moves by the angle, whatever the picture's sides"
-    x = torch.zeros(1, 1, 1, 9, 5); x[..., 4, 4] = 1   # two pixels to the right of the middle
-    assert rotate(x, torch.tensor([90.]))[0, 0, 0].argmax().item() == 2*5 + 2   # two pixels above it
+    for (i, j), (i2, j2) in {(4, 4): (2, 4 - 2), (5, 3): (3, 3), (3, 2): (4, 1)}.items():   # the middle is (4, 2)
+        x, y = torch.zeros(2, 1, 1, 1, 9, 5); x[..., i, j] = y[..., i2, j2] = 1
+        assert (rotate(x, torch.tensor([90.])) - y).abs().max() < 1e-5
 
 
 def test_pairs_run_through_all_pairs_and_both_orders_come():
     stream = BinaryPairs(DATA["colourful"], tasks=21, seeds=[0])
     drawn = [stream._draw(0, k).tolist() for k in range(21)]
     assert len({frozenset(p) for p in drawn}) == 21 and {a < b for a, b in drawn} == {True, False}
+    d = DATA["colourful"].train
+    for k, t in enumerate(stream): assert torch.equal(stream._draw(0, k)[t.train.fetch(every(t.train))[1][0]], d.y[t.train.rows[0]])   # 0 is the first of them
     assert stream.num_classes == 2 and all(t.classes.shape == (1, 2) and t.active is None for t in stream)
 
 
@@ -227,6 +230,8 @@ def test_alternating_tasks_have_their_number_of_classes_and_a_pack_is_dealt_once
     for k in range(7):
         drawn = stream._draw(seed, k).tolist(); assert len(set(drawn)) == len(drawn) == (hard, easy)[k % 2]
         pack, gone = deal([(hard, easy)[i % 2] for i in range(k + 1)], 10)
+        assert gone + len(drawn) <= 10
+        if pack and not gone: assert len(packs[pack - 1]) + len(drawn) > 10   # a new pack only where the old one had too little
         assert gone == len(packs.get(pack, [])); packs.setdefault(pack, []).extend(drawn)
     for dealt in packs.values(): assert len(set(dealt)) == len(dealt)
 
@@ -398,6 +403,8 @@ def test_mixed_inputs_are_the_formula(p, kind):
 @given(a=st.floats(0, 1, width=32), old=st.integers(0, 4), new=st.integers(0, 4))
 def test_melted_labels_are_the_formula(a, old, new):
     q = melt(torch.tensor(old), torch.tensor(new), torch.tensor(a), 5); one = lambda c: torch.eye(5)[c]
+    half = melt(torch.full((101,), old), torch.full((101,), new), torch.arange(101) / 100, 5).argmax(-1)
+    assert set(half[:50].tolist()) == {old} and set(half[51:].tolist()) == {new}
     assert (q - ((1 - 2*a) * one(old) + 2*a/5 if a < .5 else (2*a - 1) * one(new) + (2 - 2*a)/5)).abs().max() < 1e-6
     assert abs(q.sum() - 1) < 1e-6 and q.min() >= 0
 
@@ -408,6 +415,7 @@ def test_sampling_keeps_its_share_of_old_examples_and_each_place_changes_once(ki
     for k in range(1, len(stream)):
         old, new, train = stream[k - 1].train, stream[k].train, way[k].train; n = train.n; last = torch.ones(2, n, dtype=bool)
         assert torch.equal(train.until.sort(1)[0], torch.arange(1, n + 1).expand(2, -1) / n)
+        assert (train.until[0] != train.until[1]).any() and (train.partner[0] != train.partner[1]).any()
         uses = torch.stack([p.bincount(minlength=old.n) for p in train.partner])
         assert uses.shape == (2, old.n) and uses.max() - uses.min() <= 1   # unequal numbers of rows: each old example as often as any other
         for i in range(10):
@@ -439,6 +447,12 @@ def test_between_class_splits_each_label_is_judged_among_its_own_task_s_classes(
     assert task.active.sum(1).tolist() == [5, 5] and task.classes.sum(1).tolist() == [2, 2]
     x, y = task.test.fetch(every(task.test)); z = torch.randn(*y.shape, 10, generator=g); ok = task.test.valid
     assert torch.equal(task.loss(z, y)[ok], new.loss(z, y)[ok])   # what is reported of the new task is what an abrupt one reports
+
+
+def test_few_places_hold_old_examples_of_all_classes():
+    "the rows of a class split stand class by class: the first so many would be all of one class"
+    train = Passage(ClassSplit(DATA["digits"], partitions=[[0, 1, 2, 3, 4, 5, 6], [7]], seeds=[0, 1]), "sampling", .5)[1].train
+    for y in train.fetch(every(train), progress=now(train, 0))[1]: assert y.bincount(minlength=7).min() > 0 and len(y) == 125
 
 
 def test_between_growing_classes_nothing_is_infinite():
