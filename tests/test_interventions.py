@@ -10,10 +10,11 @@ from lop_nb.config import SGD, Adam
 from lop_nb.data import load
 from lop_nb.interventions import ContinualBackprop, L2Init
 from lop_nb.learner import Callback, Learner
-from lop_nb.models import CNN, MLP
+from lop_nb.models import CNN, MLP, ResNet, ViT
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import Generators
 from lop_nb.streams import PermutedPixels
+from lop_nb.units import gather, scatter
 
 DATA = load("digits")
 SEED, STEPS, RHO, MATURITY, ETA = 3, 300, .02, 20, .99
@@ -172,6 +173,68 @@ def test_replacing_a_constant_unit_leaves_the_function(where):
         hand_over(nets.params, group, units, f)
         renew(nets.params | nets.buffers, group, units, [g["intervention"] for g in nets.generators])
         assert value.abs().min() > 0 and (nets(x) - before).abs().max() < 1e-12
+
+
+STREAMS = dict(resnet=partial(ResNet, 1, 8, 10, layers=[1, 1], base_channels=5), vit=partial(ViT, 1, 8, 10, patch_size=4, embed_dim=12, depth=2, n_heads=3, mlp_ratio=1.3))
+
+
+@pytest.mark.parametrize("kind, norm", [("mlp", "batch"), ("cnn", "batch"), ("resnet", "none"), ("resnet", "batch"), *(("vit", n) for n in ("none", "batch", "layer", "group"))])
+def test_renewing_units_that_write_nothing_leaves_the_function(kind, norm):
+    "Two units of every renewable group, whose outgoing weights are zero: fresh weights may come in, and nobody notices. The others' do move the logits"
+    from lop_nb.interventions import renew
+    make = {**{k: v.func for k, v in MAKE.items()}, **STREAMS}[kind]
+    make = partial(make, *MAKE[kind].args, **MAKE[kind].keywords | dict(normalization=norm)) if kind in MAKE else partial(make, normalization=norm)
+    nets, g = Replicas(make, [0, 1], dtype=torch.float64), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in nets.params.values(): p += .2 * torch.randn(p.shape, dtype=p.dtype, generator=g)
+    x, tensors = DATA.scale(DATA.test.x[:50], "standardize").double().expand(2, -1, -1, -1, -1), {**nets.params, **nets.buffers}
+    groups, units = [g for g in nets.graph if g.renewable], torch.tensor([[0, 2], [1, 3]])
+    assert len(groups) == dict(mlp=2, cnn=3, resnet=2, vit=4)[kind]
+    with torch.no_grad(), nets.evaluating():
+        for group in groups:
+            for s in group.writes: scatter(tensors, s, units, 0.)
+            before, old = nets(x), gather(tensors, group.weights, units)
+            renew(tensors, group, units, [gs["intervention"] for gs in nets.generators])
+            assert (nets(x) - before).abs().max() < 1e-12, group.name
+            assert all((a - b).abs().max() > .01 for a, b in zip(old, gather(tensors, group.weights, units)))
+            scatter(tensors, group.writes, units, [torch.randn(v.shape, dtype=v.dtype, generator=g) for v in gather(tensors, group.writes, units)])   # equal ones, layer norm would take away
+            assert (nets(x) - before).abs().max() > 1e-3, group.name
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_renewed_weights_are_like_the_first_ones(kind):
+    "Drawn anew with the deviation that the network was built with, not with torch's"
+    from lop_nb.interventions import renew
+    nets = Replicas(partial(STREAMS[kind].func, *STREAMS[kind].args, **STREAMS[kind].keywords | (dict(base_channels=40) if kind == "resnet" else dict(embed_dim=60))), [0])
+    for group in nets.graph:
+        if not group.renewable: continue
+        s = group.weights[0]; all_of_them = torch.arange(group.size)[None]; old = gather(nets.params, s, all_of_them).std().item()
+        with torch.no_grad(): renew({**nets.params, **nets.buffers}, group, all_of_them, [nets.generators[0]["intervention"]])
+        w = gather(nets.params, s, all_of_them)
+        assert abs(w.std().item() / old - 1) < 5 * w.numel()**-.5, group.name
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_continual_backprop_on_streams(kind, strategy):
+    "Its averages are those of the activations themselves: over batch and pixels, or batch and tokens; streams and pairs are left alone"
+    sums, cbp = {}, ContinualBackprop(RHO, MATURITY, ETA)
+    class Watch(Callback):
+        order = -1
+        def after_step(self, learner):
+            for g in cbp.groups:
+                if learner.at.step <= 15:
+                    h = learner.seen[g.passed].detach().double(); h = h.movedim(g.axis + 1, -1)
+                    sums[g.name] = ETA * sums.get(g.name, 0.) + (1 - ETA) * torch.stack([torch.stack([h[r, ..., i].mean() for i in range(g.size)]) for r in range(2)])
+            if learner.at.step == 16: seen.update({k: v["f"].clone() for k, v in cbp.stats.items()})
+            if learner.at.step == 60: raise StopIteration
+    seen = {}
+    nets = Replicas(STREAMS[kind], [0, 1], strategy, dtype=torch.float64)
+    learner = Learner(nets, Doubles(PermutedPixels(DATA, tasks=2)), Adam(lr=.003), epochs=2, callbacks=[Watch(), cbp], defaults=())
+    try: learner.fit()
+    except StopIteration: pass
+    assert list(cbp.replaced) == [g.name for g in nets.graph if g.renewable] == list(seen) and min(cbp.replaced.values()) > 0
+    for k, f in seen.items(): assert (f - sums[k]).abs().max() <= 1e-12, k
 
 
 def test_l2_init_equals_the_loss_with_its_penalty():

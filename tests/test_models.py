@@ -5,8 +5,8 @@ import pytest, torch, torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 from torch.func import functional_call, vmap
-from lop_nb.config import CNNConfig, MLPConfig
-from lop_nb.models import CNN, MLP, Dropout, activations, group_count, make_model, map_norm, uniform, vector_norm
+from lop_nb.config import CNNConfig, MLPConfig, ResNetConfig, ViTConfig
+from lop_nb.models import CNN, MLP, Attention, Dropout, ResNet, ViT, activations, group_count, make_model, map_norm, uniform, vector_norm
 from lop_nb.runtime import LopError
 
 NORMS, BOOL = ["none", "batch", "layer", "group", "instance"], [False, True]
@@ -44,9 +44,12 @@ def test_no_pooling_and_no_dense_layers():
 def test_published_sizes():
     assert count(MLP(3*32*32, 10)) == 461_962
     assert count(CNN(3, 32, 10)) == 2_474_506
+    assert count(ResNet(3, 32, 10)) == 11_173_962
+    assert count(ViT(3, 32, 10)) == 10_732_426
+    assert count(MLP(784, 10, [256], normalization="none")) == 203_530
 
 def test_nothing_works_in_place():
-    for kind, a in product((lambda a: MLP(4, 2, [3], activation=a), lambda a: CNN(1, 8, 2, [3], activation=a)), activations):
+    for kind, a in product((lambda a: MLP(4, 2, [3], activation=a), lambda a: CNN(1, 8, 2, [3], activation=a), lambda a: ResNet(1, 8, 2, [1], 4, activation=a), lambda a: ViT(1, 8, 2, 4, 6, 1, 2, activation=a)), activations):
         assert not any(getattr(m, "inplace", False) for m in kind(a).modules())
 
 GEOMETRIES = [dict(), dict(strides=[2, 1, 1]), dict(strides=[1, 2, 1], paddings=[0, 2, 1]), dict(kernel_sizes=[5, 3, 1], paddings=[2, 0, 0]), dict(pool_type="none", strides=[2]),
@@ -69,6 +72,72 @@ def test_mlp_refuses(bad):
 @pytest.mark.parametrize("bad", BAD + [dict(pool_type="mean"), dict(pool_size=0), dict(strides=[0]), dict(paddings=[-1]), dict(kernel_sizes=[3, 3]), dict(conv_channels=[4, 0])], ids=str)
 def test_cnn_refuses(bad):
     with pytest.raises(LopError): CNN(3, 32, 2, **bad)
+
+RESNET, VIT = dict(layers=[1, 1], base_channels=4), dict(patch_size=4, embed_dim=12, depth=1, n_heads=3)
+@pytest.mark.parametrize("bad", BAD + [dict(layers=[]), dict(layers=[0]), dict(base_channels=0), dict(stem="5x5"), dict(layers=[1]*4, normalization="instance"), dict(normalization="instance", norm_after_activation=True)], ids=str)
+def test_resnet_refuses(bad):
+    with pytest.raises(LopError): ResNet(3, 8, 2, **RESNET | bad)
+@pytest.mark.parametrize("bad", BAD + [dict(patch_size=9), dict(patch_size=0), dict(n_heads=5), dict(n_heads=0), dict(attn_drop_rate=1.)], ids=str)
+def test_vit_refuses(bad):
+    with pytest.raises(LopError): ViT(3, 8, 2, **VIT | bad)
+
+# ---- all normalisations, affine or not, odd widths, strides and paddings, pictures of all sizes
+WIDTHS = [5, 12, 20]                                                                            # none is divisible by 32
+BUILD = dict(
+    mlp=lambda w, size, **kw: MLP(3*size*size, 7, hidden_sizes=[w, w + 2], **kw),
+    cnn=lambda w, size, **kw: CNN(3, size, 7, conv_channels=[w, w + 2], fc_hidden_units=[w], **kw),
+    strided=lambda w, size, **kw: CNN(3, size, 7, conv_channels=[w, w + 2], kernel_sizes=[5, 3], strides=[2, 1], paddings=[0, 2], fc_hidden_units=[w], **kw),
+    resnet=lambda w, size, **kw: ResNet(3, size, 7, layers=[1, 1], base_channels=w, **kw),
+    resnet7=lambda w, size, **kw: ResNet(3, size, 7, layers=[1, 2], base_channels=w, stem="7x7", **kw),
+    vit=lambda w, size, **kw: ViT(3, size, 7, embed_dim=w, depth=1, n_heads=max(h for h in (1, 3, 4) if w % h == 0), mlp_ratio=1.7, **kw))
+
+@pytest.mark.parametrize("norm, affine", list(product(NORMS, BOOL)), ids=str)
+@pytest.mark.parametrize("kind", BUILD)
+def test_everything_builds_and_learns(kind, norm, affine):
+    for (w, size) in zip(WIDTHS, (28, 32, 64)):
+        torch.manual_seed(0)
+        net, x = BUILD[kind](w, size, normalization=norm, normalization_affine=affine), torch.randn(4, 3, size, size)
+        F.cross_entropy(net(x), torch.tensor([0, 1, 2, 3])).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+        assert all(p.grad.abs().max() > 0 for n, p in net.named_parameters() if n.endswith("weight")), "a weight without a gradient"
+        gains = sum(n.rpartition(".")[0].rpartition(".")[2].startswith("norm") for n, _ in net.named_parameters())
+        assert (gains > 0) == (affine and norm != "none")
+
+def test_28_pixels_with_patches_that_fit():
+    for p, tokens in ((7, 17), (4, 50), (8, 10), (14, 5), (28, 2)): assert ViT(1, 28, 3, p, 6, 1, 2).embed.positions.shape[1] == tokens
+
+def test_what_resnets_are_made_of():
+    net = ResNet(3, 32, 10)
+    assert names(net)[3:11] == [f"layer{i}_block{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    convs = {n: m for n, m in net.named_modules() if isinstance(m, nn.Conv2d)}
+    assert {n for n, m in convs.items() if m.kernel_size == (1, 1)} == {f"layer{i}_block0.shortcut.conv" for i in (2, 3, 4)}
+    assert {n for n, m in convs.items() if m.stride == (2, 2)} == {f"layer{i}_block0.{c}" for i in (2, 3, 4) for c in ("branch.conv_0", "shortcut.conv")}
+    assert all(m.bias is None for m in convs.values()) and all(m.bias is not None for m in ResNet(3, 8, 2, [1, 1], 4, normalization="none").modules() if isinstance(m, nn.Conv2d))
+    for m in convs.values():
+        std = (2 / (m.out_channels * m.kernel_size[0]**2))**.5
+        assert abs(m.weight.std() / std - 1) < 5 / (2*m.weight.numel())**.5                         # 5 standard errors
+    assert names(net)[-3:] == ["flatten", "drop", "out"] and names(ResNet(3, 8, 2, [1], 4, dropout_p=0))[-2:] == ["flatten", "out"]
+    x = torch.randn(2, 3, 64, 64); stem = nn.Sequential(*list(ResNet(3, 64, 10, [1], 4, stem="7x7"))[:4])
+    assert stem(x).shape == (2, 4, 16, 16)
+
+def test_initial_weights_of_a_vit():
+    net = ViT(3, 32, 10, depth=1)
+    drawn = [net.embed.positions, net.embed.token] + [m.weight for m in net.modules() if isinstance(m, nn.Linear)]
+    for w in drawn: assert abs(w.std() / .02 - 1) < 5 / (2*w.numel())**.5
+    assert all((m.bias == 0).all() for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+def test_one_switch_for_all_dropout():
+    "attn_drop_rate=None follows dropout_p; both zero is no dropout at all"
+    def rates(**kw): return sorted(m.p for m in ViT(1, 8, 2, **VIT | kw).modules() if isinstance(m, Dropout))
+    assert rates(dropout_p=.3, attn_drop_rate=None) == [.3]*5 and rates(dropout_p=0., attn_drop_rate=None) == [] == rates(dropout_p=0., attn_drop_rate=0.)
+    assert rates(dropout_p=0., attn_drop_rate=.1) == [.1] and rates(dropout_p=.1, attn_drop_rate=0.) == [.1]*4
+
+def test_the_scale_of_attention_can_be_set():
+    torch.manual_seed(0); a, x = Attention(6, 2, True, 0.), torch.randn(2, 3, 6)
+    nn.init.normal_(a.qkv.weight); before = a(x)
+    assert a.scale == 3**-.5
+    a.scale /= 2; a.qkv.weight.data[:6] *= 2; a.qkv.bias.data[:6] *= 2
+    torch.testing.assert_close(a(x), before)
 
 # ---- the numbers of a forward pass, written out
 by_hand = dict(relu=lambda z: z.clamp(min=0), leaky_relu=lambda z: z.where(z > 0, .1*z), tanh=lambda z: 2/(1 + (-2*z).exp()) - 1, sigmoid=lambda z: 1/(1 + (-z).exp()),
@@ -115,6 +184,61 @@ def test_cnn_forward_by_hand(norm, after, affine, training):
     h = by_hand["elu"](h @ p["fc_0.weight"].T + p["fc_0.bias"])
     torch.testing.assert_close(net(x), h @ p["out.weight"].T + p["out.bias"], rtol=1e-10, atol=1e-10)
 
+@pytest.mark.parametrize("norm, after, affine", [f for f in product(NORMS, BOOL, BOOL) if not (f[1] and f[0] == "instance")], ids=str)
+@pytest.mark.parametrize("training", BOOL)
+def test_resnet_forward_by_hand(norm, after, affine, training):
+    torch.manual_seed(0); act = by_hand["elu"]
+    net = ResNet(2, 5, 3, layers=[1, 1], base_channels=4 if not (after and norm == "group") else 17, normalization=norm, norm_after_activation=after, normalization_affine=affine, activation="elu", dropout_p=0.).double().train(training)
+    for p in net.parameters(): nn.init.normal_(p)
+    for k, b in net.named_buffers(): b.uniform_(.5, 2) if "running" in k else None
+    p, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.randn(6, 2, 5, 5).double()
+    def conv(z, name, k, s):
+        windows = F.pad(z, (k//2,)*4).unfold(2, k, s).unfold(3, k, s)
+        return torch.einsum("bcijkl,ockl->boij", windows, p[f"{name}.weight"]) + (p[f"{name}.bias"].view(-1, 1, 1) if f"{name}.bias" in p else 0)
+    def normed(z, name):
+        if norm == "none": return z
+        own, C = {k.rpartition(".")[2]: v for k, v in p.items() if k.startswith(name + ".")}, z.shape[1]
+        side = lambda k: own[k].view(-1, 1, 1)
+        if norm == "batch" and not training: h = (z - side("running_mean")) / (side("running_var") + 1e-5).sqrt()
+        elif norm == "batch": h = standard(z, (0, 2, 3))
+        else: h = standard(z.reshape(6, {"layer": 1, "instance": C, "group": max(g for g in range(1, 33) if C % g == 0 and C // g * z[0, 0].numel() >= 4)}[norm], -1), (2,)).reshape(z.shape)
+        return h*side("weight") + side("bias") if "weight" in own else h
+    def step(z, name): return normed(act(z), name) if after else act(normed(z, name))
+    h = step(conv(x, "conv_0", 3, 1), "norm_0")
+    for b, s in (("layer1_block0", 1), ("layer2_block0", 2)):
+        f = conv(step(conv(h, f"{b}.branch.conv_0", 3, s), f"{b}.branch.norm_0"), f"{b}.branch.conv_1", 3, 1)
+        around = h if s == 1 else normed(conv(h, f"{b}.shortcut.conv", 1, s), f"{b}.shortcut.norm")
+        h = normed(act(f + around), f"{b}.end.norm_1") if after else act(normed(f, f"{b}.branch.norm_1") + around)
+    torch.testing.assert_close(net(x), h.mean((2, 3)) @ p["out.weight"].T + p["out.bias"], rtol=1e-10, atol=1e-10)
+
+@pytest.mark.parametrize("norm, affine, bias", list(product(NORMS, BOOL, BOOL)), ids=str)
+@pytest.mark.parametrize("training", BOOL)
+def test_vit_forward_by_hand(norm, affine, bias, training):
+    torch.manual_seed(0); D, H = 8, 2
+    net = ViT(2, 9, 3, 4, D, 2, H, 1.6, bias, 0., 0., "tanh", norm, affine).double().train(training)
+    for p in net.parameters(): nn.init.normal_(p, std=.3)
+    for k, b in net.named_buffers(): b.uniform_(.5, 2) if "running" in k else None
+    p, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.randn(6, 2, 9, 9).double()
+    def normed(z, name):
+        if norm == "none": return z
+        own = {k.rpartition(".")[2]: v for k, v in p.items() if k.startswith(name + ".")}
+        if norm == "batch" and not training: h = (z - own["running_mean"]) / (own["running_var"] + 1e-5).sqrt()
+        elif norm == "batch": h = standard(z, (0, 1))
+        else: h = standard(z.reshape(6, 5, 2 if norm == "group" else 1, -1), (3,)).view_as(z)
+        return h*own["weight"] + own["bias"] if "weight" in own else h
+    def linear(z, name): return z @ p[f"{name}.weight"].T + (p[f"{name}.bias"] if f"{name}.bias" in p else 0)
+    tokens = [torch.einsum("bchw,dchw->bd", x[:, :, i:i+4, j:j+4], p["embed.patch.weight"]) + p["embed.patch.bias"] for i in (0, 4) for j in (0, 4)]   # the ninth row and column are not seen
+    h = torch.stack([p["embed.token"][0].expand(6, D), *tokens], 1) + p["embed.positions"]
+    for b in ("block_0", "block_1"):
+        joint, heads = linear(normed(h, f"{b}.attend.norm"), f"{b}.attend.heads.qkv"), []
+        for i in range(H):
+            q, k, v = (joint[..., part*D + i*D//H:part*D + (i + 1)*D//H] for part in range(3))
+            a = (torch.einsum("bid,bjd->bij", q, k) / (D//H)**.5).exp()
+            heads.append(torch.einsum("bij,bjd->bid", a / a.sum(2, keepdim=True), v))
+        h = h + linear(torch.cat(heads, 2), f"{b}.attend.heads.proj")
+        h = h + linear(linear(normed(h, f"{b}.mlp.norm"), f"{b}.mlp.fc_0").tanh(), f"{b}.mlp.fc_1")
+    torch.testing.assert_close(net(x), linear(normed(h, "norm")[:, 0], "out"), rtol=1e-10, atol=1e-10)
+
 @pytest.mark.parametrize("name", activations)
 def test_activations_by_hand(name):
     z = torch.linspace(-8, 8, 1001).double()
@@ -134,9 +258,10 @@ def test_groups():
         assert not any(width % k == 0 and width//k*positions >= 4 for k in range(g + 1, 33))
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "resnet", "vit"])
 def test_state_dict_round_trip(kind, norm):
-    make = lambda: make_model(dict(name=kind, normalization=norm, **(dict(hidden_sizes=[6]) if kind == "mlp" else dict(conv_channels=[4], fc_hidden_units=[5]))), SimpleNamespace(shape=(2, 8, 8), num_classes=3))
+    small = dict(mlp=dict(hidden_sizes=[6]), cnn=dict(conv_channels=[4], fc_hidden_units=[5]), resnet=RESNET, vit=VIT)
+    make = lambda: make_model(dict(name=kind, normalization=norm, **small[kind]), SimpleNamespace(shape=(2, 8, 8), num_classes=3))
     a, b, x = make(), make(), torch.randn(9, 2, 8, 8)
     a(x)                                                                                        # moves the running statistics
     assert not torch.equal(a.eval()(x), b.eval()(x))
@@ -144,10 +269,10 @@ def test_state_dict_round_trip(kind, norm):
     assert torch.equal(a(x), b(x))
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", [lambda **kw: MLP(32, 3, [8], **kw), lambda **kw: CNN(2, 4, 3, [8], **kw), lambda **kw: ResNet(2, 4, 3, **RESNET, **kw), lambda **kw: ViT(2, 4, 3, 2, 8, 1, 2, attn_drop_rate=0., **kw)], ids=["mlp", "cnn", "resnet", "vit"])
 def test_vmap_over_replicas(kind, norm):
     "Stacked parameters and buffers under vmap give what single networks give, running statistics included"
-    make = lambda: (MLP(32, 3, [8], normalization=norm, dropout_p=0.) if kind == "mlp" else CNN(2, 4, 3, [8], normalization=norm, dropout_p=0.)).double()
+    make = lambda: kind(normalization=norm, dropout_p=0.).double()
     nets, x = [make() for _ in range(3)], torch.randn(3, 6, 2, 4, 4).double()
     params = {k: torch.stack([dict(n.named_parameters())[k].detach() for n in nets]) for k, _ in nets[0].named_parameters()}
     buffers = {k: torch.stack([dict(n.named_buffers())[k].clone() for n in nets]) for k, _ in nets[0].named_buffers()}
@@ -176,10 +301,11 @@ def test_uniform_is_torchs_own():
 
 def test_factory():
     data = SimpleNamespace(shape=(3, 32, 32), num_classes=10)
-    for config, n in ((MLPConfig(), 461_962), (CNNConfig(), 2_474_506)):
+    for config, n in ((MLPConfig(), 461_962), (CNNConfig(), 2_474_506), (ResNetConfig(), 11_173_962), (ViTConfig(), 10_732_426)):
         for c in (config, OmegaConf.structured(config), OmegaConf.to_container(OmegaConf.structured(config)), dict(name=config.name)): assert count(make_model(c, data)) == n
-    for bad, says in ((dict(name="mlp", hiden_sizes=[3]), "Did you mean 'hidden_sizes'"), (dict(name="mlp", conv_channels=[3]), "Unknown setting of mlp"), (dict(name="cnn", img_size=3), "Unknown setting of cnn"),
+    for bad, says in ((dict(name="mlp", hiden_sizes=[3]), "Did you mean 'hidden_sizes'"), (dict(name="mlp", conv_channels=[3]), "Unknown setting of mlp"), (dict(name="cnn", img_size=3), "Unknown setting of cnn"), (dict(name="resnet", bias=True), "Unknown setting of resnet"), (dict(name="vit", patchsize=4), "Did you mean 'patch_size'"),
                       (dict(name="nlp"), "Did you mean 'mlp'"), (dict(hidden_sizes=[3]), "Unknown model 'None'")):
         with pytest.raises(LopError, match=says): make_model(bad, data)
-    with pytest.raises(LopError, match="square"): make_model(CNNConfig(), SimpleNamespace(shape=(1, 8, 9), num_classes=2))
+    for config in (CNNConfig(), ResNetConfig(), ViTConfig()):
+        with pytest.raises(LopError, match="square"): make_model(config, SimpleNamespace(shape=(1, 8, 9), num_classes=2))
     assert make_model(MLPConfig(), SimpleNamespace(shape=(1, 8, 9), num_classes=2)).linear_0.in_features == 72
