@@ -180,7 +180,7 @@ class ChunksConfig:
 class PassageConfig:
     "How one task turns into the next: at once, or through a passage"
     how: str = "none"                    # none, inputs, labels, sampling
-    share: float = .5                    # of a task's epochs, spent on the way from the task before
+    share: float = .5                    # of a task's training, spent on the way from the task before
     increments: Optional[int] = 20       # steps from the old task to the new one; None: as fine as the examples
 
 # %% ../nbs/api/02_config.ipynb #636a8e0a
@@ -514,7 +514,7 @@ ranges = dict(
         "hidden_sizes", "conv_channels", "kernel_sizes", "strides", "pool_size", "fc_hidden_units", "layers", "base_channels", "patch_size", "embed_dim", "depth", "n_heads")}, paddings="[0, ∞)"),
     dataset=dict(val="[0, 1)", examples_per_class="[1, ∞)"),
     stream=dict(tasks="[1, ∞)", classes_per_task="[1, ∞)", examples="[1, ∞)", hard_classes="[1, ∞)", easy_classes="[1, ∞)", max_angle="[0, 180]", fraction="(0, 1)", label_noise="[0, 1]"),
-    passage=dict(share="[0, 1]", increments="[1, ∞)"),
+    passage=dict(share="(0, 1)", increments="[1, ∞)"),
     optimizer=dict(lr="[0, ∞)", betas="[0, 1)", eps="[0, ∞)", weight_decay="[0, ∞)", momentum="[0, 1)", dampening="[0, 1]", alpha="[0, 1)", noise_scale="[0, ∞)", noise_decay="[0, 1]"),
     training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "batch_size", "threads")}),
     metrics=dict(every="[1, ∞)", epochs="[1, ∞)", probe_size="[1, ∞)", dead_threshold="[0, 1]", duplicate_threshold="[0, 1]"),

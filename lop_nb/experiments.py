@@ -29,6 +29,7 @@ from .interventions import ContinualBackprop, L2Init
 from .learner import Evaluate, Learner, Online, Progress
 from .models import make_model
 from .monitor import Monitor, measures, select
+from .optimizers import make_optimizer
 from .records import Records, read_records
 from .replicas import Replicas
 from .runtime import LopError, one_of, pick_device, write_atomic
@@ -62,6 +63,7 @@ def verify(
     with torch.device("meta"): net = make_network(cfg, (c, side, side), classes)
     if cfg.training.batch_size == 1 and any(isinstance(m, torch.nn.BatchNorm1d) for m in net.modules()):
         raise LopError("training.batch_size=1: batch normalisation has nothing to normalise over. Use batches of at least 2, or model.normalization=layer.")
+    make_optimizer(cfg.optimizer, dict(w=torch.zeros(1, 1, requires_grad=True)), generators=[torch.Generator()])
     for name in cfg.metrics.names: one_of("metric", name, measures())
     select(net, cfg.metrics.layers)
 

@@ -79,7 +79,7 @@ def test_unknown_word(key):
     (["stream=binary_pairs", "stream.tasks=46"], ["stream.tasks=46", "45"]),
     (["stream=alternating", "stream.hard_classes=11"], ["stream.hard_classes=11", "10"]),
     (["passage=inputs", "stream=class_split"], ["passage.how=inputs", "sampling"]),
-    (["model=cnn", "model.conv_channels=[8,8,8,8]"], ["Nothing is left at", "4"]),
+    (["model=cnn", "model.conv_channels=[8,8,8,8]"], ["Nothing is left at", "pool_3"]),
     (["model=cnn", "model.kernel_sizes=[3,3]"], ["kernel_sizes", "3"]),
     (["model=vit", "dataset=digits", "model.patch_size=9"], ["patch_size=9", "8"]),
     (["model=vit", "model.n_heads=5"], ["n_heads=5", "384"]),
@@ -89,7 +89,7 @@ def test_unknown_word(key):
     (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]", "two"]),
     (["dataset.num_classes=3"], ["dataset.num_classes=3", "dataset=NAME"]),
     (["model.name=cnn"], ["model=cnn"]),
-    (["optimizer=noisysgd", "optimizer.nesterov=true", "optimizer.momentum=0"], ["nesterov"]),
+    (["optimizer=noisysgd", "optimizer.nesterov=true", "optimizer.momentum=0"], ["Nesterov", "optimizer=noisysgd"]),
     (["optimizer=rmsprop", "optimizer.implementation=fused"], ["fused", "foreach"]),
     (["model=mlp", "training.batch_size=1"], ["training.batch_size=1", "2"]),
 ])
