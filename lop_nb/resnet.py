@@ -110,7 +110,9 @@ def refuse_constant(
                            "Use norm_after_activation=false, normalization=layer or batch, or for group more than 32 channels in the last stage.")
 
 # %% ../nbs/api/08_resnet.ipynb #8e8e51d0
-def inside(name, part): return [(f"{name}.{n}", m) for n, m in part.named_children()]
+def inside(name, part)->list:
+    "The layers of `part`, which is called `name`, with their full names"
+    return [(f"{name}.{n}", m) for n, m in part.named_children()]
 
 @patch
 def unit_groups(self:ResNet)->list:

@@ -95,9 +95,11 @@ class ViT(nn.Sequential):
         normalization:str=_vit.normalization,                  # none, batch, layer, group, instance; of tokens
         normalization_affine:bool=_vit.normalization_affine    # A gain and a shift for each feature?
     ):
+        hidden = int(mlp_ratio * embed_dim)
+        if min(embed_dim, hidden) < 1 or depth < 0: raise LopError(f"embed_dim={embed_dim}, mlp_ratio={mlp_ratio} and depth={depth} make no transformer: features and the MLP's hidden units must be at least 1 each, blocks at least 0.")
         norm = partial(token_norm, normalization, embed_dim, normalization_affine)
         how = dict(norm=norm, activation=activation, qkv_bias=qkv_bias, dropout_p=dropout_p, attn_drop_rate=dropout_p if attn_drop_rate is None else attn_drop_rate)
-        blocks = [(f"block_{i}", TransformerBlock(embed_dim, int(mlp_ratio * embed_dim), n_heads, **how)) for i in range(depth)]
+        blocks = [(f"block_{i}", TransformerBlock(embed_dim, hidden, n_heads, **how)) for i in range(depth)]
         super().__init__(present([("embed", Embedding(in_channels, img_size, patch_size, embed_dim)), ("drop", Dropout(dropout_p) if dropout_p else None),
                                   *blocks, ("norm", norm()), ("out", ClassHead(embed_dim, num_classes))]))
         for m in self.modules(): vit_init(m)
@@ -145,7 +147,7 @@ def block_groups(
     return [*attention_groups(heads, block.attend.heads, fresh), hidden]
 
 def attention_groups(name, m, fresh)->list:
-    "Query-key and value units, those of all heads in a row"
+    "Query-key and value units, those of all heads in a row: with d to a head, unit i is in head i // d"
     D = m.proj.in_features; q, k, v, mixed = (f"{name}.{p}" for p in ("q", "k", "v", "mixed"))
     pairs = Group(q, D, reads_of(f"{name}.qkv", m.qkv, 0, at=q) + reads_of(f"{name}.qkv", m.qkv, D, at=k), [], [], q, None, None, axis=2, product=(q, k))
     return [pairs, Group(v, D, reads_of(f"{name}.qkv", m.qkv, 2 * D), writes_to(f"{name}.proj", m.proj, D), [], v, v, mixed, fresh, axis=2)]

@@ -77,7 +77,7 @@ RESNET, VIT = dict(layers=[1, 1], base_channels=4), dict(patch_size=4, embed_dim
 @pytest.mark.parametrize("bad", BAD + [dict(layers=[]), dict(layers=[0]), dict(base_channels=0), dict(stem="5x5"), dict(layers=[1]*4, normalization="instance"), dict(normalization="instance", norm_after_activation=True)], ids=str)
 def test_resnet_refuses(bad):
     with pytest.raises(LopError): ResNet(3, 8, 2, **RESNET | bad)
-@pytest.mark.parametrize("bad", BAD + [dict(patch_size=9), dict(patch_size=0), dict(n_heads=5), dict(n_heads=0), dict(attn_drop_rate=1.)], ids=str)
+@pytest.mark.parametrize("bad", BAD + [dict(patch_size=9), dict(patch_size=0), dict(n_heads=5), dict(n_heads=0), dict(attn_drop_rate=1.), dict(embed_dim=0), dict(depth=-1), dict(mlp_ratio=.05)], ids=str)
 def test_vit_refuses(bad):
     with pytest.raises(LopError): ViT(3, 8, 2, **VIT | bad)
 
