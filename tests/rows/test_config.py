@@ -102,6 +102,13 @@ def test_A10_one_seed_gives_one_result(tmp_path):
     assert not runs[0].value.equals(runs[2].value) and compose().training.seed == 42
 
 
+@pytest.mark.parametrize("name, shown", dict(mnist=(784, 28, 1, 10), cifar10=(3072, 32, 3, 10), cifar100=(3072, 32, 3, 100), tiny_imagenet=(12288, 64, 3, 200)).items())
+def test_A21_sizes_in_the_config(name, shown):
+    "`lop-run dataset=X --cfg job` shows inputs, side, colours and classes"
+    d = compose([f"dataset={name}"]).dataset
+    assert (d.input_size, d.img_size, d.in_channels, d.num_classes) == shown and compose([f"dataset={name.replace('_', '-')}"]).dataset == d
+
+
 def test_A43_the_history_is_on_disk(tmp_path):
     "losses, accuracies and measures of every task and epoch stand in the run's folder, as Parquet and JSON"
     df = pd.read_parquet(run_study(compose([*TINY, "training.epochs=2", "metrics.epochs=1"]), tmp_path/"run")/"records.parquet")

@@ -15,6 +15,8 @@ from lop_nb.monitor import Monitor, read_units, select, with_gradients
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError
 from lop_nb.streams import ClassSplit, PermutedPixels
+from lop_nb.tracking import Wandb, read_wandb
+from lop_nb.units import gather
 
 DATA = load("digits")
 SMALL = partial(MLP, 64, 10, hidden_sizes=[16, 16], normalization="none", dropout_p=0.)
@@ -45,15 +47,22 @@ def test_A32_a_fresh_optimizer_each_task():
 
 @pytest.mark.parametrize("make", [SMALL, partial(CNN, 1, 8, 10, conv_channels=[8, 8], fc_hidden_units=[16], normalization="none", dropout_p=0.)])
 def test_A33_continual_backprop(make):
-    "it runs on MLP and CNN, replaces ρ times the eligible units a step to within a tenth, and a replaced unit's outgoing weights are zero"
-    rate, steps = .01, []
+    "it runs on MLP and CNN, replaces ρ times the eligible units a step to within a tenth, and a replaced unit has new incoming weights and zero outgoing ones"
+    rate, eligible = .01, []
     class Count(Callback):
-        order = 10
+        order, seen = 10, 0
+        def after_backward(self, learner): self.was = {k: p.detach().clone() for k, p in learner.replicas.params.items()}
         def after_step(self, learner):
-            for g in cbp.groups: steps.append(float((cbp.stats[g.name]["age"] > cbp.maturity).sum()))   # eligible now
-    cbp = ContinualBackprop(replacement_rate=rate, maturity_threshold=20)
-    Learner(Replicas(make, [0]), PermutedPixels(DATA, tasks=6), Adam(), epochs=2, callbacks=[cbp, Count()]).fit()
-    assert sum(cbp.replaced.values()) == pytest.approx(rate * sum(steps), rel=.1)
+            fresh = {g.name: (cbp.stats[g.name]["age"] == 0).nonzero()[:, 1][None] for g in cbp.groups}
+            for g in cbp.groups:
+                new = fresh[g.name]
+                eligible.append(float((cbp.stats[g.name]["age"] > cbp.maturity).sum())); self.seen += new.numel()
+                if sum(n.numel() for n in fresh.values()) == new.numel():     # else a new unit of the next layer has just drawn its weights
+                    assert all((gather(learner.replicas.params, w, new) == 0).all() for w in g.writes)
+                assert all((gather(learner.replicas.params, w, new) - gather(self.was, w, new)).abs().mean() > .01 for w in g.weights if new.numel())
+    cbp, count = ContinualBackprop(replacement_rate=rate, maturity_threshold=20), Count()
+    Learner(Replicas(make, [0]), PermutedPixels(DATA, tasks=6), Adam(), epochs=2, callbacks=[cbp, count]).fit()
+    assert sum(cbp.replaced.values()) == count.seen == pytest.approx(rate * sum(eligible), rel=.1)
 
 
 def test_A34_continual_training():
@@ -156,6 +165,19 @@ def test_A47_activations_as_samples_by_units():
     assert shapes["mlp"] == {(2, 5, 8)}
     assert shapes["cnn"] == {(2, 5*64, 4), (2, 5*16, 4), (2, 5, 8)}
     assert shapes["resnet"] == {(2, 5*64, 4), (2, 5*16, 8)} and shapes["vit"] == {(2, 5*5, 8), (2, 5*5, 32)}
+
+
+def test_A59_keys_of_the_log(tmp_path, monkeypatch):
+    "W&B gets the sources' keys for tasks, epochs, steps, losses, accuracies and layers, with gradient steps on the x-axis"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    learner = Learner(Replicas(SMALL, [0]), PermutedPixels(DATA, tasks=2), Adam(), epochs=2, callbacks=[Monitor(["dead_fraction"]), Wandb("p", tmp_path, {})]).fit()
+    told = read_wandb(next(tmp_path.rglob("*.wandb")), wait=20)
+    keys = {k for row in told["rows"] for k in row}
+    assert keys >= {"task_id", "local_epoch", "global_epoch", "local_step", "global_step", "train_loss", "train_acc", "val_loss", "val_acc", "train/act_0/dead_fraction"}
+    last = [row for row in told["rows"] if "train_loss" in row][-1]
+    steps = learner.at.step
+    assert (last["task_id"], last["local_epoch"], last["global_epoch"], last["local_step"], last["global_step"]) == (1, 2, 4, steps // 2, steps)
+    assert told["axes"]["train_loss"] == "global_step"
 
 
 def test_B12_each_task_a_fresh_adam():
