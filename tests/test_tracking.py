@@ -10,7 +10,8 @@ import torch
 
 from lop_nb.config import compose
 from lop_nb.data import load
-from lop_nb.learner import Callback, Checkpoint, Evaluate, Learner, Online, load_checkpoint
+from lop_nb.checkpoints import Checkpoint, load_checkpoint
+from lop_nb.learner import Callback, Evaluate, Learner, Online
 from lop_nb.models import MLP
 from lop_nb.monitor import Monitor
 from lop_nb.replicas import Replicas
