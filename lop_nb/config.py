@@ -467,7 +467,7 @@ def _check_choice(o, groups):
 def _check_key(o, legal):
     key = o.key_or_group; group, _, last = key.rpartition(".")
     if o.is_delete(): raise LopError(f"{o.input_line}: a setting can't be taken away, only given another value, for example {key}=null.")
-    if key not in legal: raise LopError(f"Unknown key '{key}'.{nearest(key, legal)} See lop-run --cfg job for all keys.")
+    if key not in legal: raise LopError(f"Unknown key '{key}'.{nearest(key, [k for k in legal if not k.endswith('.name')])} See lop-run --cfg job for all keys.")
     if last == "name": raise LopError(f"{o.input_line}: choose it with {group}={o.input_line.partition('=')[2]}.")
     if key in {f"dataset.{k}" for k in ("in_channels", "img_size", "input_size", "num_classes")}: raise LopError(f"{o.input_line}: that is what the data are. Choose others with dataset=NAME.")
 
