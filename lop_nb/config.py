@@ -84,7 +84,7 @@ class ViTConfig:
     mlp_ratio: float = 4.                # hidden units of a block's MLP / embed_dim
     qkv_bias: bool = True
     dropout_p: float = .1
-    attn_drop_rate: float = .1           # on the attention weights
+    attn_drop_rate: Optional[float] = .1 # on the attention weights; null: dropout_p there too
     activation: str = "gelu"
     normalization: str = "layer"
     normalization_affine: bool = True

@@ -41,7 +41,7 @@ class Doubles:
     def seeded(self, seeds): self.stream = self.stream.seeded(seeds); return self
     def __getitem__(self, k):
         task = self.stream[k]; fetch = task.train.fetch
-        def double(pick):
+        def double(pick, change=None, progress=None):
             x, y = fetch(pick); x = x.double()
             self.batches += list(zip(x[0].split(32), y[0].split(32))); return x, y
         task.train.fetch = double

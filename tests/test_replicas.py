@@ -44,7 +44,7 @@ class Wrapped:
     def __len__(self): return len(self.stream)
     def __getitem__(self, k):
         task = self.stream[k]; fetch = task.train.fetch
-        def cast(pick): x, y = fetch(pick); return x.to(self.dtype), y
+        def cast(pick, change=None, progress=None): x, y = fetch(pick); return x.to(self.dtype), y
         object.__setattr__(task.train, "fetch", cast)
         return task
 

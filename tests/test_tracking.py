@@ -80,7 +80,7 @@ def test_the_offline_file_holds_the_run(tmp_path, seeds):
     assert where(run["rows"]) == [(0, 0, 0, 0, 0), (0, 1, 1, E, E), (0, 2, 2, 2*E, 2*E), (0, 2, 2, 2*E, 2*E), (1, 0, 2, 0, 2*E), (1, 1, 3, E, 3*E), (1, 2, 4, 2*E, 4*E), (1, 2, 4, 2*E, 4*E)]
     plain = {k for r in run["rows"] for k in r if "/seed_" not in k and not k.startswith("_")}
     layers = {f"train/{g.name}/{m}" for g in l.replicas.graph.groups for m in ("dead_fraction", "stable_rank")}
-    assert plain == {"task_id", "local_epoch", "global_epoch", "local_step", "global_step", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "online_loss", "online_acc"} | layers
+    assert plain == {"task_id", "local_epoch", "global_epoch", "local_step", "global_step", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "online_loss", "online_acc", "train_loss_summed"} | layers
     for r in run["rows"]:
         for k in plain & set(r):
             if f"{k}/seed_{seeds[0]}" in r: assert r[k] == pytest.approx(sum(r[f"{k}/seed_{s}"] for s in seeds) / len(seeds), abs=1e-12)
@@ -132,7 +132,7 @@ def test_each_value_is_sent_once(library):
     "and nobody else's view of the latest values is disturbed"
     l = learner(Wandb("p", None, {}), tasks=1).fit()
     sent = [k for r in library.rows for k in r if k == "val_loss"]
-    assert len(sent) == 3 and len(l.latest) == 8
+    assert len(sent) == 3 and len(l.latest) == 9
     assert len({n for n, _ in library.axes}) == len(library.axes), "each name is declared once"
     assert library.ends == [0] and len(library.inits) == 1
 
