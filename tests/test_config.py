@@ -133,10 +133,10 @@ def values(v):
 @st.composite
 def studies(draw):
     "A few choices and a few settings of small networks, legal or not"
-    chosen = {g: draw(st.sampled_from(sorted(o))) for g, o in options().items() if g not in ("dataset", "logging", "metrics") and draw(st.booleans())}
+    chosen = {g: draw(st.sampled_from(sorted(o))) for g, o in options().items() if g not in ("dataset", "logging") and draw(st.booleans())}
     if chosen.get("model") == "vgg": del chosen["model"]     # has no place on digits, and little on a laptop
     small = dict(mlp=["model.hidden_sizes=[8]"], cnn=["model.conv_channels=[4,4]", "model.fc_hidden_units=[8]"], resnet=["model.layers=[1,1]", "model.base_channels=4"], vit=["model.embed_dim=12", "model.depth=1"]).get(chosen.get("model"), [])
-    here = [k for k, ((c,), _) in leaves().items() if c.split("=")[0] not in ("logging", "dataset") and k not in ("training.device", "training.threads", "training.seed")]
+    here = [k for k in leaves() if not k.startswith("logging.") and k not in ("dataset.root", "training.device", "training.threads", "training.seed")]
     keys = draw(st.lists(st.sampled_from(here), max_size=3, unique=True))
     fit = [k for k in keys if k not in [w.split("=")[0] for w in small]]
     return [*(f"{g}={n}" for g, n in chosen.items()), "training.replicas=1", *small, *(f"{k}={draw(values(leaves()[k][1]))}" for k in fit if k != "training.replicas")]

@@ -1,4 +1,5 @@
 """Rows A26, A32 to A39, A41, A45 to A47 and B12 to B14 of the sources: training, and what is seen of it."""
+import os
 from functools import partial
 
 import pytest
@@ -23,6 +24,16 @@ SMALL = partial(MLP, 64, 10, hidden_sizes=[16, 16], normalization="none", dropou
 
 
 def study(*words): return plan(compose(["training.replicas=1", *words]))[1][0]
+
+
+def test_A23_the_switch():
+    "`training.no_augment=true` switches all augmentation off, and the data set's own is on without it"
+    if not os.environ.get("LOP_DATA"): pytest.skip("LOP_DATA is not set")
+    words = ["training=continual", "dataset=mnist", "dataset.examples_per_class=20", "model.hidden_sizes=[8]"]
+    assert study(*words, "training.no_augment=true").augment is None
+    on = study(*words); on.task, was = on.stream[0], on.stream.data.train.x[:1].clone()
+    pick = torch.zeros(1, 1, dtype=torch.long)
+    assert not torch.equal(on._change()(pick)(was[None]), was[None]) and torch.equal(on.stream.data.train.x[:1], was)
 
 
 def test_A26_the_probe_is_balanced_and_constant():
