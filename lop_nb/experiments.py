@@ -141,7 +141,7 @@ def saved_arms(cfg, folder)->dict: # {arm: its newest saved state, or None}
 # %% ../nbs/api/23_experiments.ipynb #50030b2d
 def plan(cfg): # (data, a learner for each arm): everything is built, nothing is written
     "What a study will do; what can't be built is refused here"
-    verify(cfg); torch.set_num_threads(cfg.training.threads)
+    verify(cfg); torch.set_num_threads(cfg.training.threads); torch.backends.cudnn.deterministic = True
     data = make_data(cfg, pick_device(cfg.training.device))
     return data, [make_learner(cfg, arm, data) for arm in cfg.intervention.arms]
 
