@@ -311,6 +311,8 @@ def from_record(
 )->Stream:
     "The recorded stream; `LopError` if data or draws are not what they were"
     if record["checksum"] != data.checksum: raise LopError(f"The stream was made from {record['data']} with checksum {record['checksum'][:12]}…, this is {data.name} with {data.checksum[:12]}…. Load the same data.")
+    have = [len(getattr(data, s)) for s in ("train", "val", "test")]
+    if record["examples"] != have: raise LopError(f"The stream was made from {record['examples']} training, validation and test examples, this data set has {have}. Load it with the same val and examples_per_class.")
     if "stream" in record: stream = Passage(from_record(record["stream"], data), **record["settings"])
     else: stream = kinds[one_of("stream", record["kind"], kinds)](data, seeds=record["seeds"], normalize=record["normalize"], **record["settings"])
     if stream.fingerprint() != record["fingerprint"]: raise LopError("The stream's draws are not those of the record: this version of torch or Python draws other numbers, or other rows were kept for train. Use the versions and data settings of the run.")

@@ -212,4 +212,4 @@ def fingerprint(self:Stream):
 def record(self:Stream):
     "What is needed to make this stream again, for JSON"
     return dict(kind=self.name, tasks=len(self), seeds=self.seeds, normalize=self.normalize, settings=self.settings,
-                data=self.data.name, checksum=self.data.checksum, fingerprint=self.fingerprint())
+                data=self.data.name, checksum=self.data.checksum, examples=[len(getattr(self.data, s)) for s in ("train", "val", "test")], fingerprint=self.fingerprint())
