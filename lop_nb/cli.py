@@ -9,7 +9,7 @@ __all__ = ['run_help', 'done', 'messages', 'console', 'cell', 'show_table', 'des
            'data']
 
 # %% ../nbs/api/24_cli.ipynb #a3bcb0b9
-import argparse, math, sys, tempfile
+import argparse, json, math, sys, tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import hydra
@@ -111,6 +111,8 @@ def _study(cfg):
         run_study(cfg, folder)
     done.append(folder)
     show_table(read_records(folder))
+    data = json.loads((folder/"summary.json").read_text())["data"]
+    if data["part"]: print(f"Data:    {data['name']} here is a part of the set: {data['examples'][0]:,} training and {data['examples'][2]:,} test examples")
     if cfg.logging.figures: print(f"Figure:  {folder/'figures'/'overview.png'}")
     print(f"Folder:  {folder}   (look again with: lop-show {folder})")
 

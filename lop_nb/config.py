@@ -550,7 +550,8 @@ def check(cfg):
             if key in cfg[group]: one_of(f"{group}.{key}", cfg[group][key], legal)
     _check_arms(cfg.intervention)
     if cfg.optimizer.name in ("adam", "adamw") and len(cfg.optimizer.betas) != 2: raise LopError(f"optimizer.betas={cfg.optimizer.betas}: {cfg.optimizer.name} has two, for example [0.9,0.999].")
-    if cfg.training.early_stopping and not cfg.dataset.val: raise LopError(f"training.early_stopping={cfg.training.early_stopping} needs a validation split: set dataset.val above 0.")
+    if not cfg.dataset.val and cfg.training.early_stopping: raise LopError(f"training.early_stopping={cfg.training.early_stopping} needs a validation split: set dataset.val above 0.")
+    if not cfg.dataset.val and cfg.metrics.probe_split == "val": raise LopError("metrics.probe_split=val needs a validation split: set dataset.val above 0, or probe train or test.")
     return cfg
 
 def _check_arms(intervention):

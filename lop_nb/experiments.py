@@ -63,6 +63,8 @@ def verify(
     with torch.device("meta"): net = make_network(cfg, (c, side, side), classes)
     if cfg.training.batch_size == 1 and any(isinstance(m, torch.nn.BatchNorm1d) for m in net.modules()):
         raise LopError("training.batch_size=1: batch normalisation has nothing to normalise over. Use batches of at least 2, or model.normalization=layer.")
+    if cfg.stream.name == "random_labels" and (cfg.training.early_stopping or cfg.metrics.probe_split != "train"):
+        raise LopError("stream=random_labels has no examples to generalise to: set training.early_stopping=0 and metrics.probe_split=train.")
     make_optimizer(cfg.optimizer, dict(w=torch.zeros(1, 1, requires_grad=True)), generators=[torch.Generator()])
     for name in cfg.metrics.names: one_of("metric", name, measures())
     select(net, cfg.metrics.layers)
@@ -151,7 +153,7 @@ def run_study(
 )->Path:   # the folder
     "Run every arm of a study, or go on with it; records, summary and figures are written even when it is stopped"
     began = time.time()
-    with enough_memory(cfg): data, _ = plan(cfg)
+    with enough_memory(cfg): data = plan(cfg)[0]
     folder = open_folder(cfg, folder)
     states = saved_arms(cfg, folder)
     store = Records(folder, resume_at=max((s["rows"] for s in states.values() if s), default=0) if cfg.resume else None)
@@ -192,7 +194,7 @@ def summary(cfg, df, data, finished, seconds):
     "The results of each arm (mean and 95 % interval), and what is needed to get them again"
     t = plots.table(df, [m for m in df.metric.unique() if not m.startswith(("train_", "val_"))])
     results = {run: rows.drop(columns="run").round(6).astype(object).where(rows.notna(), None).to_dict("records") for run, rows in t.groupby("run", sort=False)}
-    return dict(finished=finished, seconds_this_time=round(seconds, 1), seeds=seeds(cfg), data=dict(name=data.name, checksum=data.checksum),
+    return dict(finished=finished, seconds_this_time=round(seconds, 1), seeds=seeds(cfg), data=dict(name=data.name, checksum=data.checksum, part=data.part, examples=[len(s) for s in (data.train, data.val, data.test)]),
                 command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), device=str(data.train.x.device), threads=cfg.training.threads,
                 versions=dict(lop_nb=lop_nb.__version__, torch=torch.__version__, python=platform.python_version()), results=results)
 

@@ -128,6 +128,18 @@ def test_A44_every_network_can_be_loaded_again(tmp_path):
     assert torch.equal(run.snapshot("backprop", 0, "start").params["out.weight"], run.snapshot("l2_init", 0, "start").params["out.weight"])
 
 
+def test_A68_the_helper_scripts(tmp_path):
+    "checking imports and extracting notebooks are one line each, with tools that the dev extras bring"
+    def call(*words): return subprocess.run([BIN/words[0], *map(str, words[1:])], capture_output=True, text=True, cwd=tmp_path)
+    (tmp_path/"good.py").write_text("import os\nprint(os.name)\n")
+    assert call("ruff", "check", "--select", "F", ".").returncode == 0
+    (tmp_path/"bad.py").write_text("import os\nprint(sys.argv)\n")
+    done = call("ruff", "check", "--select", "F", ".")
+    assert done.returncode == 1 and "sys" in done.stdout and "os" in done.stdout
+    text = call("jupytext", "--to", "py:percent", "--output", "-", Path(__file__).parents[2]/"nbs"/"api"/"01_runtime.ipynb").stdout
+    assert "class LopError" in text and "# # runtime" in text
+
+
 def test_B1_the_study_is_chosen_by_name():
     "`+experiment=tickets/lop` is chosen on the command line, and help touches no data; studies of tickets themselves are refused until they are here"
     assert compose(["+experiment=tickets/lop"]).stream.tasks == 500
