@@ -17,7 +17,7 @@ proc, stage = Path("_proc"), Path("_docs/stage")
 
 
 def page(path):
-    "api/03_records.ipynb → api/records.ipynb"
+    "api/04_records.ipynb → api/records.ipynb"
     return re.sub(r"(^|/)\d+[a-z]?_", r"\1", path)
 
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from omegaconf import OmegaConf
 
 from lop_nb import cli, experiments
-from lop_nb.config import choices, compose, options, ranges
+from lop_nb.compose import choices, compose, ranges
+from lop_nb.config import options
 from lop_nb.learner import Callback
 from lop_nb.runtime import LopError
 

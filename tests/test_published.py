@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from lop_nb.config import compose
+from lop_nb.compose import compose
 from lop_nb.data import verify
 from lop_nb.experiments import run_study
 from lop_nb.records import read_records

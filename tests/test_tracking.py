@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from lop_nb.config import compose
+from lop_nb.compose import compose
 from lop_nb.data import load
 from lop_nb.checkpoints import Checkpoint, load_checkpoint
 from lop_nb.learner import Callback, Evaluate, Learner, Online

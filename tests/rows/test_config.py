@@ -13,7 +13,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lop_nb.config import aliases, compose, expand, options, presets
+from lop_nb.compose import aliases, compose, expand
+from lop_nb.config import options, presets
 from lop_nb.experiments import load_run, run_study
 from lop_nb.models import MLP
 from lop_nb.records import read_records

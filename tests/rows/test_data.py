@@ -10,7 +10,7 @@ from torchvision.datasets import ImageFolder
 
 from lop_nb import data as module
 from lop_nb.augment import ColorJitter, Flip, PaddedCrop, Rotation, recipe
-from lop_nb.config import compose
+from lop_nb.compose import compose
 from lop_nb.data import Source, fetch, load, sources, status, stratified, tiny_base
 from lop_nb.runtime import LopError, generator
 

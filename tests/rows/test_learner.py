@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lop_nb.config import SGD, Adam, compose
+from lop_nb.compose import compose
+from lop_nb.config import SGD, Adam
 from lop_nb.data import load
 from lop_nb.experiments import load_run, plan, run_study
 from lop_nb.interventions import ContinualBackprop

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lop_nb.config import compose, sizes
+from lop_nb.compose import compose
+from lop_nb.config import sizes
 from lop_nb.models import CNN, MLP, ResNet, ViT, activations, make_model
 from lop_nb.runtime import LopError
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lop_nb.config import NoisySGD, compose
+from lop_nb.compose import compose
+from lop_nb.config import NoisySGD
 from lop_nb.data import load
 from lop_nb.learner import Learner, Online
 from lop_nb.models import MLP
