@@ -277,7 +277,15 @@ class MetricsConfig:
     epochs: Optional[int] = None         # also within a task, each so many epochs and at its start; None: at its end alone
     layers: list[str] = field(default_factory=lambda: ["default"]) # default, block_outputs, or parts of module names; []: every module
     dead_threshold: float = .95          # dead: silent on at least this share of the probe
+    dead_size: float = 1e-7              # silent: not above this in size
+    dormant_threshold: float = .1        # dormant: mean size not above this share of the layer's (ReDo's τ)
+    flat_slope: float = 1e-3             # flat: |f′| below this ...
+    saturated_threshold: float = .95     # ... and saturated: flat on at least this share of the probe
+    gradient_ratio: float = 1e-4         # a unit's gradient is negligible below this share of its loss's, see `activity.negligible_gradient_fraction`
     duplicate_threshold: float = .95     # duplicate: a partner correlated above this
+    missing_mass: float = .01            # srank: share of the singular values' sum that may be left out (δ)
+    normality: str = "shapiro"           # shapiro, ks, anderson, kurtosis
+    normality_rows: int = 1000           # at most so many rows go into it
 
 # %% ../nbs/api/02_config.ipynb #bc5ee0c4
 @dataclass
