@@ -23,7 +23,7 @@ def scaled(
     h:torch.Tensor # Activations [..., N, D]
 ):                 # [..., N, D] in float64, and the largest size [..., 1, 1]: NaN or infinite if `h` is not finite
     "`h` over its largest entry; zeros where a replica is not finite, or zero"
-    x = double(checked(h)); largest = x.abs().amax((-2, -1), keepdim=True)
+    x = double(checked(h, "scaled")); largest = x.abs().amax((-2, -1), keepdim=True)
     usable = largest.isfinite() & (largest > 0)
     return torch.where(usable, x/largest, 0.), largest
 
@@ -40,13 +40,17 @@ def spectrum(
     g:torch.Tensor=None  # `gram` of `scaled(h)`, centred or not as asked, if it is at hand
 )->torch.Tensor:         # [..., min(N, D)], descending, float64
     "Singular values of `h`, from the float64 Gram matrix of its smaller side; zero below its rounding"
-    x, largest = scaled(h)
+    x, largest = scaled(checked(h, "spectrum"))
     if g is None: g = gram(centre(x) if centred else x)
     eig = torch.linalg.eigvalsh(g).flip(-1)
     floor = eig[..., :1]*max(h.shape[-2:])*torch.finfo(eig.dtype).eps
     return torch.where(eig > floor, eig, 0.).sqrt()*torch.where(largest.isfinite(), largest, math.nan)[..., 0]
 
 # %% ../nbs/api/18_ranks.ipynb #6e3a1e9a
+def _values(name, h, centred, s):
+    h = checked(h, name)
+    return spectrum(h, centred) if s is None else s
+
 def _shares(s):
     "`s` over its sum, zeros if that is zero"
     total = s.sum(-1, keepdim=True)
@@ -63,7 +67,7 @@ def effective_rank(
     squared:bool=False    # Of the squares, the eigenvalues of the covariance?
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "Exponential of the entropy of the normalised singular values (Roy & Vetterli, 2007)"
-    s = spectrum(h, centred) if s is None else s
+    s = _values("effective_rank", h, centred, s)
     s = s/torch.where(s[..., :1] == 0, 1., s[..., :1])
     return answer(_perplexity(_shares(s.square() if squared else s), s[..., 0] == 0), h)
 
@@ -73,7 +77,7 @@ def rankme(
     eps:float=1e-7        # Added to each share
 )->torch.Tensor:          # [...], 0 to min(N, D), and a little above
     "The effective rank of uncentred embeddings, with a little added to each share (RankMe, Garrido et al., 2023)"
-    s = spectrum(h) if s is None else s
+    s = _values("rankme", h, False, s)
     return answer(_perplexity(_shares(s) + eps, s[..., 0] == 0), h)
 
 # %% ../nbs/api/18_ranks.ipynb #9a414205
@@ -83,7 +87,7 @@ def stable_rank(
     s:torch.Tensor=None   # `spectrum(h, centred)`, if it is at hand
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "Squared Frobenius norm over squared spectral norm"
-    s = spectrum(h, centred) if s is None else s
+    s = _values("stable_rank", h, centred, s)
     top = s[..., :1]
     return answer((s/torch.where(top == 0, 1., top)).square().sum(-1), h)
 
@@ -94,6 +98,7 @@ def participation_ratio(
     g:torch.Tensor=None   # `gram` of `scaled(h)`, centred or not as asked, if it is at hand
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "(Σσ²)²/Σσ⁴: squared trace of the covariance over the trace of its square"
+    h = checked(h, "participation_ratio")
     if s is not None: q = _shares(_shares(s).square())
     else:
         if g is None: x = scaled(h)[0]; g = gram(centre(x) if centred else x)
@@ -117,7 +122,7 @@ def srank(
     s:torch.Tensor=None   # `spectrum(h, centred)`, if it is at hand
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "Least number of singular values that hold a share 1-δ of their sum (Kumar et al., 2021)"
-    return answer(_smallest(_shares(spectrum(h, centred) if s is None else s), missing), h)
+    return answer(_smallest(_shares(_values("srank", h, centred, s)), missing), h)
 
 def energy_rank(
     h:torch.Tensor,       # Activations [..., N, D]
@@ -126,7 +131,7 @@ def energy_rank(
     s:torch.Tensor=None   # `spectrum(h, centred)`, if it is at hand
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "Least number of singular values whose squares hold a share 1-δ of the sum of squares"
-    return answer(_smallest(_shares(_shares(spectrum(h, centred) if s is None else s).square()), missing), h)
+    return answer(_smallest(_shares(_shares(_values("energy_rank", h, centred, s)).square()), missing), h)
 
 def numerical_rank(
     h:torch.Tensor,       # Activations [..., N, D]
@@ -135,6 +140,6 @@ def numerical_rank(
     s:torch.Tensor=None   # `spectrum(h, centred)`, if it is at hand
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "Number of singular values above rounding; for float64, above the rounding of the Gram matrix, some 1e-7 σ₁"
-    s = spectrum(h, centred) if s is None else s
+    s = _values("numerical_rank", h, centred, s)
     if tol is None: tol = max(h.shape[-2:])*torch.finfo(result_type(h)).eps
     return answer((s > tol*s[..., :1]).sum(-1), h)
