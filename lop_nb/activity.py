@@ -6,12 +6,14 @@ Docs: https://lop-nb.github.io/lop_nb/api/activity.html.md"""
 
 # %% auto #0
 __all__ = ['checked', 'result_type', 'double', 'answer', 'unit_rows', 'often', 'dead_fraction', 'dormant_scores',
-           'dormant_fraction', 'slopes', 'frozen_fraction', 'saturated_fraction', 'weight_norm']
+           'dormant_fraction', 'slopes', 'frozen_fraction', 'saturated_fraction', 'gradient_shares',
+           'saturated_gradient_fraction', 'zero_gradient_fraction', 'weight_norm', 'distance', 'unit_moments',
+           'activation_statistics', 'histogram']
 
 # %% ../nbs/api/16_activity.ipynb #c9d07f6f
 import math, torch
 from .config import MetricsConfig
-from .runtime import LopError
+from .runtime import LopError, one_of
 
 # %% ../nbs/api/16_activity.ipynb #a59082c9
 _d = MetricsConfig()
@@ -130,6 +132,47 @@ def saturated_fraction(
     saturated = often(checked(slope, "saturated_fraction", "slopes").abs() < flat, threshold)
     return answer(saturated.to(result_type(slope)).mean(-1), slope)
 
+# %% ../nbs/api/16_activity.ipynb #f9e90282
+def gradient_shares(
+    h:torch.Tensor,    # Activations [..., N, D]
+    grads:torch.Tensor # ∂ℓ_i/∂h_ij [..., N, D]: gradients of the summed loss, in evaluation mode
+)->torch.Tensor:       # [..., N, D], of mean 1 over the units; NaN where a sample has no gradient
+    "What each unit contributes to the layer's gradient on each sample: r_ij, independent of the scales of loss and units"
+    g = grads.abs().to(result_type(grads))
+    pull = g/g.amax(-1, keepdim=True)*_sizes(h)
+    return pull/_or_one(pull.mean(-1, keepdim=True))
+
+# %% ../nbs/api/16_activity.ipynb #3a794d8a
+def _by_share(h, grads, ratio, threshold):
+    rows = (grads != 0).any(-1)
+    flat = often(gradient_shares(h, grads) <= ratio, threshold, rows)
+    return torch.where(rows.any(-1).to(flat.device), flat.to(result_type(h)).mean(-1), math.nan)
+
+def _by_source(h, grads, ratio, threshold):
+    flat = grads.abs()/h.abs().to(result_type(h)).mean(-2, keepdim=True).clamp(min=1e-12) < ratio
+    return (flat.sum(-2) > math.floor(threshold*h.shape[-2] + 1e-9)).to(result_type(h)).mean(-1)
+
+# %% ../nbs/api/16_activity.ipynb #169a30e9
+def saturated_gradient_fraction(
+    h:torch.Tensor,      # Activations [..., N, D]
+    grads:torch.Tensor,  # Gradients with respect to them [..., N, D]: of the summed loss; as `how="source"` was published, of its mean
+    ratio:float=_d.gradient_ratio, # ε: negligible if a unit's share of the gradient is not above this
+    threshold:float=_d.saturated_threshold, # θ: saturated if negligible in at least this share of the samples
+    how:str="share"      # share: as above; source: the published ratio, with "below" for ε and "more than" for θ (.99 there)
+)->torch.Tensor:         # [...], 0 to 1; NaN without any gradient (share)
+    "Share of the units whose gradient is negligible"
+    checked(h, "saturated_gradient_fraction"); f = dict(share=_by_share, source=_by_source)[one_of("saturation", how, ["share", "source"])]
+    if grads.shape != h.shape: raise LopError(f"saturated_gradient_fraction needs a gradient for each activation: {list(h.shape)} activations, {list(grads.shape)} gradients.")
+    return answer(answer(f(h, grads, ratio, threshold), h), grads)
+
+# %% ../nbs/api/16_activity.ipynb #039a8e29
+def zero_gradient_fraction(
+    grads:torch.Tensor # Gradients [..., N, D] with respect to activations, or [..., out, in] to weights
+)->torch.Tensor:       # [...], 0 to 1
+    "Share of the numbers of a gradient that are exactly zero"
+    zero = checked(grads, "zero_gradient_fraction", "gradients") == 0
+    return answer(zero.to(result_type(grads)).mean((-2, -1)), grads)
+
 # %% ../nbs/api/16_activity.ipynb #08eb4dc9
 def weight_norm(
     w:torch.Tensor, # Weights [..., out, in] or [..., out, in, height, width] or [..., out]
@@ -138,3 +181,44 @@ def weight_norm(
     "Root of the sum of the squared weights"
     if not 1 <= dims <= w.ndim: raise LopError(f"Weights of shape {list(w.shape)} have no {dims} last axes: dims is 1 to {w.ndim}.")
     return torch.linalg.vector_norm(w, dim=tuple(range(-dims, 0)), dtype=result_type(w))
+
+# %% ../nbs/api/16_activity.ipynb #30f661fc
+def distance(
+    w:torch.Tensor,    # Weights, as for `weight_norm`
+    other:torch.Tensor,# Weights of the same shape; without the leading axes if they are the same for all
+    dims:int=2         # How many of the last axes belong to one layer
+)->torch.Tensor:       # [...]
+    "Euclidean distance of two weight tensors: update norm, distance from initialisation"
+    if w.shape[-dims:] != other.shape[-dims:]: raise LopError(f"distance needs weights of one shape, not {list(w.shape)} and {list(other.shape)}.")
+    return weight_norm(w.to(result_type(w)) - other, dims)
+
+# %% ../nbs/api/16_activity.ipynb #822cbe86
+def unit_moments(
+    h:torch.Tensor # Activations [..., N, D]
+):                 # means [..., D], deviations [..., D]
+    "Mean and standard deviation of each unit over the samples (dividing by N)"
+    x = checked(h, "unit_moments").to(result_type(h))
+    top = _or_one(x.abs().amax(-2, keepdim=True)); top = top/(2*torch.frexp(top).mantissa); x = x/top      # by a power of two: no rounding
+    var, mean = torch.var_mean(x, -2, correction=0)
+    std = torch.where(x.amax(-2) == x.amin(-2), 0., var.sqrt())
+    return tuple(answer(v*top[..., 0, :], h) for v in (mean, std))
+
+def activation_statistics(
+    h:torch.Tensor # Activations [..., N, D]
+)->dict:           # {name: [...]}
+    "Mean and deviation over the units of their means and deviations"
+    moments = zip(("means", "stds"), unit_moments(checked(h, "activation_statistics")))
+    return {f"{of}_of_{name}": f(v) for name, v in moments for of, f in (("mean", lambda v: v.mean(-1)), ("std", lambda v: v.std(-1, correction=0)))}
+
+# %% ../nbs/api/16_activity.ipynb #beaa38c2
+def histogram(
+    h:torch.Tensor,    # Activations [..., N, D]
+    edges:torch.Tensor,# [bins + 1], ascending; each bin has its left edge, the last one both
+    of:str="means"     # means, stds: what of each unit
+)->torch.Tensor:       # Number of units in each bin [..., bins], in all D; those outside are in the outermost bins
+    "How the means or deviations of the units are spread"
+    values = unit_moments(checked(h, "histogram"))[["means", "stds"].index(one_of("histogram", of, ["means", "stds"]))]
+    edges = torch.as_tensor(edges, dtype=values.dtype, device=h.device)
+    if edges.ndim != 1 or len(edges) < 2: raise LopError(f"histogram needs at least two edges in one row, not {list(edges.shape)}.")
+    at = torch.bucketize(values.contiguous(), edges[1:-1], right=True)
+    return answer((at[..., None] == torch.arange(len(edges) - 1, device=h.device)).sum(-2).to(result_type(h)), h)
