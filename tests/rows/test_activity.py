@@ -54,7 +54,8 @@ def test_A52_saturated_units():
         for scale in (1., 1e-3, 1e3):
             for a, g, want in ((z, gz, most), (h, gh, silent)): assert saturated_gradient_fraction(a.repeat(many, 1), scale*g.repeat(many, 1), threshold=.99) == want
     published = [saturated_gradient_fraction(h.repeat(many, 1), gh.repeat(many, 1)/len(h)/many, threshold=.99, how="source").item() for many in (1, 10, 100)]
-    assert published[0] < .1 < published[1] < .9 < published[2]  # DA18: the same network, and the same samples
+    assert published[0] < .1 and published[2] - published[0] > .5                    # DA18: the same network, the same samples
+    assert published[2] <= 1 - silent                          # and the silent ones count as responsive
     assert saturated_gradient_fraction(h, 0*gh, how="source") == 1
     net.out.weight.data.zero_(); z, h, gz, gh = pulls(net, x, y)
     assert saturated_gradient_fraction(h, gh).isnan() and saturated_gradient_fraction(h, gh/len(h), how="source") == 1 and frozen_fraction(slopes(net.act_0, z)) == silent
