@@ -12,8 +12,8 @@ from lop_nb.layers import make_activation
 from lop_nb.models import MLP, CNN
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError, generator
-from lop_nb.theory import (alpha_f, duplicate_pairs, equal_rank, flat_relu, flat_share, flat_tanh, frozen_units, hermite_rule, normal_rule, persistence,
-                           predicted_rank, spread_after, stage_rows, stages, with_slope)
+from lop_nb.theory import (alpha_f, duplicate_pairs, equal_rank, flat_relu, flat_share, flat_tanh, saturated_units, hermite_rule, normal_rule, persistence,
+                           predicted_rank, spread_after, stage_rows, stages)
 
 KINDS = ["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "elu", "selu"]
 
@@ -112,13 +112,6 @@ def test_alpha_where_there_is_none():
     with pytest.raises(LopError, match="one scale"): alpha_f(F.relu, how="hermite", scale=torch.ones(2))
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_slope_by_differences(name):
-    f, z = make_activation(name), torch.linspace(-3, 3, 40, dtype=torch.float64).view(5, 8)
-    y, slope = with_slope(f, z)
-    assert torch.equal(y, f(z)) and ((f(z + 1e-6) - f(z - 1e-6))/2e-6 - slope).abs().max() < 1e-6 and not slope.requires_grad
-
-
 # ---- ranks ----
 @pytest.mark.parametrize("eps", [1e-4, 1e-2, .1, .5, 1.])
 def test_spread_of_erf_in_closed_form(eps):
@@ -191,11 +184,11 @@ def test_sets_against_loops_and_their_symmetries(seed, share):
     g = generator(seed, "sets"); base = torch.randn(20, 3, generator=g)
     h = base[:, torch.randint(3, (7,), generator=g)]*torch.randn(7, generator=g) + .1*torch.randn(20, 7, generator=g); h[:, 6] = 2.
     slope = (torch.rand(20, 7, generator=g) > torch.rand(7, generator=g)).float()
-    assert frozen_units(slope, share=share).tolist() == slow_frozen(slope, 1e-3, share)
+    assert saturated_units(slope, threshold=share).tolist() == slow_frozen(slope, 1e-3, share)
     pairs = duplicate_pairs(h); assert (pairs.numpy() == slow_pairs(h, .95, 1e-5)).all() and not pairs[6].any()
     order, rows = torch.randperm(7, generator=g), torch.randperm(20, generator=g)
-    assert torch.equal(frozen_units(slope[rows][:, order], share=share), frozen_units(slope, share=share)[order]) and torch.equal(duplicate_pairs(h[rows][:, order]), pairs[order][:, order])
-    assert torch.equal(frozen_units(slope.repeat(3, 1), share=share), frozen_units(slope, share=share)) and torch.equal(duplicate_pairs(h.repeat(3, 1)), pairs)
+    assert torch.equal(saturated_units(slope[rows][:, order], threshold=share), saturated_units(slope, threshold=share)[order]) and torch.equal(duplicate_pairs(h[rows][:, order]), pairs[order][:, order])
+    assert torch.equal(saturated_units(slope.repeat(3, 1), threshold=share), saturated_units(slope, threshold=share)) and torch.equal(duplicate_pairs(h.repeat(3, 1)), pairs)
     both = torch.stack([h, h.flip(1)]); assert torch.equal(duplicate_pairs(both)[1], duplicate_pairs(h.flip(1))) and torch.equal(duplicate_pairs(both)[0], pairs)
     assert torch.equal(duplicate_pairs(-3*h + 1), pairs)
 
@@ -203,8 +196,8 @@ def test_sets_against_loops_and_their_symmetries(seed, share):
 def test_sets_of_what_is_not_finite_or_empty():
     h = torch.randn(30, 4, generator=generator(0, "nan")); h[:, 3] = h[:, 2]; bad = h.clone(); bad[0, 0] = torch.nan
     assert torch.equal(duplicate_pairs(torch.stack([h, bad]))[0], duplicate_pairs(h)) and not duplicate_pairs(bad)[0].any()
-    assert not frozen_units(torch.full((5, 2), torch.nan)).any()
-    for f in (frozen_units, duplicate_pairs):
+    assert not saturated_units(torch.full((5, 2), torch.nan)).any()
+    for f in (saturated_units, duplicate_pairs):
         for empty in (torch.zeros(0, 3), torch.zeros(3, 0), torch.zeros(3)):
             with pytest.raises(LopError): f(empty)
 

@@ -15,7 +15,7 @@ from lop_nb.models import MLP
 from lop_nb.ranks import effective_rank, spectrum
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import generator
-from lop_nb.theory import alpha_f, duplicate_pairs, equal_rank, flat_relu, flat_tanh, frozen_units, persistence, predicted_rank, spread_after, stage_rows, with_slope
+from lop_nb.theory import alpha_f, duplicate_pairs, equal_rank, flat_relu, flat_tanh, saturated_units, persistence, predicted_rank, spread_after, stage_rows
 
 NBS = Path(__file__).resolve().parents[2]/"nbs"
 
@@ -40,16 +40,16 @@ def test_A83_a_number_for_each_stage(act, norm):
     assert list(rows) == ["Input", *(f"H{i}_{p}" for i in (1, 2) for p in parts), "Out_Logits"]
     for stage, h in rows.items():
         lam = np.linalg.eigvalsh(np.cov(h[0].double().numpy().T)).clip(0); p = lam[lam > 0]/lam.sum()
-        assert abs(effective_rank(h[0], s=spectrum(h[0], centred=True).square()) - math.exp(-(p*np.log(p)).sum())) < 1e-3
+        assert abs(effective_rank(h[0], centred=True, squared=True) - math.exp(-(p*np.log(p)).sum())) < 1e-3
         assert duplicate_pairs(h).shape == (2, h.shape[-1], h.shape[-1])
-        if stage.endswith("ActIn"): assert torch.equal(frozen_units(with_slope(make_activation(act), h)[1]), ((with_slope(make_activation(act), h)[1].abs() < 1e-3).double().mean(1) >= .95))
+        if stage.endswith("ActIn"): assert torch.equal(saturated_units(slopes(make_activation(act), h)), ((slopes(make_activation(act), h).abs() < 1e-3).double().mean(1) >= .95))
 
 
 def test_A83_the_study_is_stored():
     "MNIST, four layers of 512, 15 epochs, three activations × three normalisations × three seeds, with the row's three columns at each stage and a rank progression for each activation"
     df = stored("stages"); mnist = df[df.run.str.startswith("mnist")]
     assert set(mnist.run) == {f"mnist/{a}/{n}" for a in ("relu", "tanh", "sigmoid") for n in ("none", "batch", "layer")} and (mnist.groupby("run").seed.nunique() == 3).all()
-    assert {"effective_rank", "frozen_fraction", "duplicate_fraction"} <= set(df.metric) and mnist.epoch.max() == 15
+    assert {"effective_rank", "saturated_fraction", "duplicate_fraction"} <= set(df.metric) and mnist.epoch.max() == 15
     assert set(df[(df.metric == "effective_rank") & (df.run == "mnist/relu/batch")].layer) == {"Input", "Out_Logits", *(f"H{i}_{p}" for i in range(1, 5) for p in ("Lin", "Nrm", "Act"))}
     drawn, _ = figures("experiments/07_stages.ipynb"); assert drawn >= 3
 
@@ -61,7 +61,7 @@ def test_A84_an_unchanged_network_keeps_everything():
     x = load("digits").train.x[:300].float().flatten(1)/16; order = torch.randperm(64, generator=generator(0, "task", 1))
     sets = []
     for task in (x, x, x[:, order]):
-        rows = stage_rows(nets, task.expand(3, -1, -1)); sets.append((frozen_units(with_slope(F.relu, rows["H1_ActIn"])[1]), duplicate_pairs(rows["H1_Lin"]).flatten(-2)))
+        rows = stage_rows(nets, task.expand(3, -1, -1)); sets.append((saturated_units(slopes(F.relu, rows["H1_ActIn"])), duplicate_pairs(rows["H1_Lin"]).flatten(-2)))
     for kind in (0, 1):
         before, same, after = (s[kind] for s in sets)
         assert before.any(-1).all() and (persistence(before, same) == 1).all()
@@ -73,8 +73,8 @@ def test_A84_an_unchanged_network_keeps_everything():
 def test_A84_the_study_is_stored():
     "the pictures as they are, then seven permutations, 15 epochs each: persistence of both sets in each layer and seed, beside its chance"
     df = stored("persistence")
-    assert df.task.nunique() == 8 and (df.groupby("run").seed.nunique() == 3).all() and set(df[df.metric == "frozen_persistence"].layer) == {"H1_Act", "H2_Act"}
-    assert {f"{k}_{what}" for k in ("frozen", "duplicate") for what in ("persistence", "pictures", "share")} <= set(df.metric)
+    assert df.task.nunique() == 8 and (df.groupby("run").seed.nunique() == 3).all() and set(df[df.metric == "saturated_persistence"].layer) == {"H1_Act", "H2_Act"}
+    assert {f"{k}_{what}" for k in ("saturated", "duplicate") for what in ("persistence", "pictures", "share")} <= set(df.metric)
     assert df[df.metric.str.contains("persistence|pictures|share")].value.dropna().between(0, 1).all()
 
 
@@ -98,8 +98,8 @@ def test_A85_ranks_and_flat_slopes():
         assert abs(gain(predicted_rank(100, .01, alpha_f(f).item()))/exact - 1) < .15
         assert name == "tanh" or abs(gain(predicted_rank(100, .01, alpha_f(f, centred=False).item()))/exact - 1) > .7
     z = torch.randn(200_000, generator=g, dtype=torch.float64)
-    assert abs((with_slope(lambda z: torch.tanh(20*z), z)[1] < 1e-4).double().mean() - flat_tanh(20.)) < 5e-3
-    assert abs((with_slope(lambda z: F.relu(z - 1), z)[1] == 0).double().mean() - flat_relu(-1.)) < 5e-3
+    assert abs((slopes(lambda z: torch.tanh(20*z), z) < 1e-4).double().mean() - flat_tanh(20.)) < 5e-3
+    assert abs((slopes(lambda z: F.relu(z - 1), z) == 0).double().mean() - flat_relu(-1.)) < 5e-3
     drawn, code = figures("api/32_theory.ipynb"); assert drawn >= 5 and all(k in code for k in ("ReLU(az + b)", "SELU(az + b)", "tanh(a(z + b))", "sigmoid(a(z + b))"))
 
 
