@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lop_nb.activity import slopes
 from lop_nb.data import load
 from lop_nb.layers import make_activation
 from lop_nb.models import MLP
