@@ -66,6 +66,12 @@ def hermite_rule(
     return torch.cat(nodes), torch.cat(weights)
 
 # %% ../nbs/api/32_theory.ipynb #6475c1c6
+def _pair(scale, shift):
+    "Both as float64 [..., 1] of one shape, on one device"
+    a = torch.as_tensor(scale, dtype=torch.float64)
+    return torch.broadcast_tensors(a[..., None], torch.as_tensor(shift, dtype=torch.float64, device=a.device)[..., None])
+
+# %% ../nbs/api/32_theory.ipynb #1570dfee
 def alpha_f(
     f,                # An elementwise, continuous torch function
     centred=True,     # Divide by Var f, or by the raw moment E f²?
@@ -75,11 +81,11 @@ def alpha_f(
     shift=0.          # … and b; they broadcast
 )->torch.Tensor:      # [...], float64; NaN where f is constant
     "How strongly z ↦ f(a·z + b) pulls nearly equal units apart: E(slope²)/Var − 1 under z ~ N(0, 1) (arXiv 2510.00304, with the variance in place of the raw moment). The panels follow kinks, and waves up to sin 20z"
-    a, b = torch.broadcast_tensors(*(torch.as_tensor(t, dtype=torch.float64)[..., None] for t in (scale, shift)))
+    a, b = _pair(scale, shift)
     if not (a > 0).all(): raise LopError("alpha_f needs a scale above 0; put the sign into f.")
     one_of("integrator", how, ["quadrature", "hermite"])
     if how == "hermite" and a.numel() > 1: raise LopError("alpha_f by how='hermite' takes one scale and one shift; how='quadrature' takes tensors of them.")
-    cut = (torch.as_tensor(kinks, dtype=torch.float64) - b)/a                       # of z
+    cut = (torch.as_tensor(kinks, dtype=torch.float64, device=a.device) - b)/a                       # of z
     z, w = normal_rule(cut) if how == "quadrature" else hermite_rule(kinks=cut.flatten())
     x = a*z + b; y, slope = f(x), slopes(f, x)
     raw = (w*y.square()).sum(-1)
@@ -140,8 +146,8 @@ def flat_share(
     n=2**13   # At how many quantiles of N(0, 1); each jump of the answer is right to 1/n
 )->torch.Tensor: # [...], 0 to 1
     "P(slope of z ↦ f(a·z + b) is below tol) for any f, z ~ N(0, 1)"
-    a, b = torch.broadcast_tensors(*(torch.as_tensor(t, dtype=torch.float64)[..., None] for t in (scale, shift)))
-    z = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + .5)/n)
+    a, b = _pair(scale, shift)
+    z = torch.special.ndtri((torch.arange(n, dtype=torch.float64, device=a.device) + .5)/n)
     return ((a*slopes(f, a*z + b)).abs() < tol).double().mean(-1)
 
 # %% ../nbs/api/32_theory.ipynb #90c336ac
