@@ -22,8 +22,8 @@ def centre(
     x:torch.Tensor # [..., N, D]
 )->torch.Tensor:
     "Take the mean off each column; constant columns become exactly zero"
-    constant = x.amax(-2, keepdim=True) == x.amin(-2, keepdim=True)
-    return torch.where(constant, 0., x - x.mean(-2, keepdim=True))
+    low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+    return x - torch.where(low == high, low, x.mean(-2, keepdim=True))
 
 def similarity(
     h:torch.Tensor,     # Activations [..., N, D]
@@ -57,9 +57,8 @@ def duplicate_fraction(
     "Share of the units that say what another one says"
     c = similarity(checked(h, "duplicate_fraction"), kind) if c is None else c
     if absolute: c = c.abs()
-    near = (c > threshold).triu(1)                                   # each pair once
-    both = near | near.mT
-    ways = dict(partner=lambda: both.any(-1), groups=lambda: _by_groups(both, c), later=lambda: near.any(-1))
+    near = c > threshold; near.diagonal(dim1=-2, dim2=-1).fill_(False) # nobody is a partner of itself
+    ways = dict(partner=lambda: near.any(-1), groups=lambda: _by_groups(near, c), later=lambda: near.triu().any(-1))
     return answer(ways[one_of("way to count duplicates", how, ways)]().to(result_type(h)).mean(-1), h)
 
 # %% ../nbs/api/17_copies.ipynb #8079686c

@@ -38,7 +38,7 @@ def _with_means(
     c, # x, centred [..., N, D]
     m  # the means [..., D]
 ):     # `gram` of x
-    if c.shape[-2] >= c.shape[-1]: return g + c.shape[-2]*m[..., :, None]*m[..., None, :]
+    if c.shape[-2] >= c.shape[-1]: return g.addcmul(m[..., :, None], m[..., None, :], value=c.shape[-2])
     v = c @ m[..., None]
     return g + v + v.mT + m.square().sum(-1)[..., None, None]
 
@@ -65,7 +65,7 @@ class _Layer:
 
 def _normalised(g):
     size = g.diagonal(dim1=-2, dim2=-1).sqrt()
-    return g/size[..., :, None]/size[..., None, :]
+    return (g/size[..., :, None]).div_(size[..., None, :])
 
 def _product(c, dtype):
     c = (c/c.square().sum(-2, keepdim=True).sqrt()).to(dtype)
