@@ -12,7 +12,7 @@ import torch
 from .activity import answer, checked, double, result_type
 from .config import MetricsConfig
 from .layers import uniform
-from .runtime import LopError, generator, one_of
+from .runtime import generator, one_of
 
 # %% ../nbs/api/17_copies.ipynb #14c65896
 _d = MetricsConfig()
