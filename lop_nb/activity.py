@@ -198,7 +198,7 @@ def unit_moments(
 ):                 # means [..., D], deviations [..., D]
     "Mean and standard deviation of each unit over the samples (dividing by N)"
     x = checked(h, "unit_moments").to(result_type(h))
-    top = _or_one(x.abs().amax(-2, keepdim=True)); top = top/(2*torch.frexp(top).mantissa); x = x/top      # by a power of two: no rounding
+    top = _or_one(x.abs().amax(-2, keepdim=True)).log2().floor().exp2(); x = x/top   # a power of two: no overflow, and no rounding
     var, mean = torch.var_mean(x, -2, correction=0)
     std = torch.where(x.amax(-2) == x.amin(-2), 0., var.sqrt())
     return tuple(answer(v*top[..., 0, :], h) for v in (mean, std))
