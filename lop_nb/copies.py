@@ -44,7 +44,7 @@ def similarity(
 
 # %% ../nbs/api/17_copies.ipynb #0dce9440
 def _by_groups(near, c): # [..., D, D] who is whose partner, how similar -> [..., D]: who joins another's group
-    weight = torch.where(near, 1 + c, 0.).sum(-1)                    # most partners first; of equally many, the closest
+    weight = near.sum(-1) + torch.where(near, 1 + c, 0.).sum(-1)/(2*near.shape[-1]) # most partners first; of equally many, the closest
     joined = torch.zeros_like(near[..., 0])
     for j in weight.sort(dim=-1, descending=True, stable=True).indices.unbind(-1):
         leads = ~joined.take_along_dim(j[..., None], -1)
