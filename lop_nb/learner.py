@@ -28,6 +28,7 @@ class Callback:
     "Something that happens at moments of a fit; override what you need"
     reads, resets_units, order = (), False, 0
     def before_fit(self, learner): "The fit begins, or goes on"
+    def before_reset(self, learner): "A task after the first begins, and nothing has been reset for it yet"
     def before_task(self, learner): "A task begins"
     def before_epoch(self, learner): "An epoch begins"
     def after_backward(self, learner): "The gradients are there, the step is not"
@@ -162,7 +163,7 @@ def _epoch(self:Learner):
 @patch
 def _task(self:Learner):
     if self.at.epoch == self.at.batch == 0:
-        if self.at.task: self._renew()
+        if self.at.task: self.call("before_reset"); self._renew()
         self.call("before_task")
     while self.at.epoch < self.epochs and any(self.live): self._epoch()
     self.at.done, self.live = True, [True]*len(self.replicas)
