@@ -277,6 +277,7 @@ class MetricsConfig:
     epochs: Optional[int] = None         # also within a task, each so many epochs and at its start; None: at its end alone
     layers: list[str] = field(default_factory=lambda: ["default"]) # default, block_outputs, or parts of module names; []: every module
     histograms: bool = False             # also how the units' means and standard deviations are distributed
+    histogram_edges: list[float] = field(default_factory=lambda: [.01, .03, .1, .3, 1., 3., 10.]) # sizes where their bins end
     other_tasks: str = "none"            # accuracy on other tasks' test examples, after each task: none, past, all (tasks to come too)
     dead_threshold: float = .95          # dead: silent on at least this share of the probe
     dead_size: float = 1e-7              # silent: not above this in size
