@@ -9,7 +9,7 @@ __all__ = ['settings', 'known', 'accuracy_matrix', 'forgetting', 'retention', 't
            'metrics_history', 'bars', 'layer_metrics', 'layer_metrics_over_time', 'activations', 'plasticity',
            'rank_and_dead', 'by_layer', 'with_settings', 'need', 'compare', 'normalizations', 'optimizers', 'bit_flips',
            'widths', 'cloning', 'noise_sweep', 'ticket_overlap', 'correlations', 'smooth', 'smoothed_accuracy',
-           'ticket_accuracy', 'tickets_along', 'parameter_overlap', 'draw', 'describe_figures']
+           'ticket_accuracy', 'tickets_along', 'parameter_overlap', 'draw', 'describe_figures', 'save_more']
 
 # %% ../nbs/api/34_figures.ipynb #34503cd2
 from dataclasses import dataclass
@@ -55,6 +55,7 @@ def forgetting(
     fig.numbers, fig.more = kept, dict(outcomes=t)
     return fig
 
+# %% ../nbs/api/34_figures.ipynb #942acf44
 def retention(df):
     "run, since, mean, half, n: of each replica the mean over all tasks that were learnt so long ago"
     rows = end_of_task(pick(df, "other_accuracy")); rows = rows.assign(on=rows.split.str.partition("/")[2].astype(int)).query("task >= on")
@@ -77,6 +78,7 @@ def task_transitions(
     ax.set_ylabel(metric.replace("_", " "), fontsize=8); fig.numbers = t
     return fig
 
+# %% ../nbs/api/34_figures.ipynb #94cec1c8
 def learning_curves(
     df, metric="val_accuracy", # recorded within tasks
     groups=3                   # of consecutive tasks
@@ -101,6 +103,7 @@ def measured(
     if not len(names): raise LopError("These records hold no measure of a layer. Name some in metrics.names before the run.")
     return list(names)
 
+# %% ../nbs/api/34_figures.ipynb #7a882dbe
 def metrics_history(
     df, x="step", names=None # which; None: every measure of layers
 )->Picture:
@@ -126,6 +129,7 @@ def bars(
         ax.bar(at, r["mean"], .72/len(keys), yerr=r.half.fillna(0), color=palette[i % len(palette)], hatch=["", "//", "..", "xx"][i % 4], edgecolor="white", capsize=2, label=str(k))
     ax.set_xticks(range(len(groups)), map(str, groups), fontsize=8, rotation=30 if max(len(str(g)) for g in groups) > 8 else 0)
 
+# %% ../nbs/api/34_figures.ipynb #216f0ac3
 def layer_metrics(
     df, names=None # which; None: every measure of layers
 )->Picture:
@@ -137,6 +141,7 @@ def layer_metrics(
     explain(panels[0]); fig.numbers = t
     return fig
 
+# %% ../nbs/api/34_figures.ipynb #6ac79a3c
 def layer_metrics_over_time(
     df, names=None, x="step"
 )->Picture:
@@ -185,6 +190,7 @@ def _ends(df, names, x="step", by="run", layers=True):
     explain(panels[0]); fig.numbers = t
     return fig
 
+# %% ../nbs/api/34_figures.ipynb #5d96cca7
 def rank_and_dead(
     df, rank="effective_rank"
 )->Picture:
@@ -196,6 +202,7 @@ def rank_and_dead(
     ax.set_xlabel("dead fraction", fontsize=8); ax.set_ylabel(rank.replace("_", " "), fontsize=8); explain(ax); fig.numbers = t
     return fig
 
+# %% ../nbs/api/34_figures.ipynb #6cc9afd6
 def by_layer(
     df, names=("dead_fraction", "duplicate_fraction", "effective_rank"), x="step"
 )->Picture:
@@ -211,6 +218,7 @@ def by_layer(
 settings = dict(normalization="model.normalization", dropout_p="model.dropout_p", optimizer="optimizer.name", lr="optimizer.lr",
                 noise_scale="optimizer.noise_scale", noise_decay="optimizer.noise_decay", width="model.hidden_sizes", density="ticket.density") # {column: where a config has it}
 
+# %% ../nbs/api/34_figures.ipynb #e2a6e5c4
 def with_settings(
     df,   # records of `paths`
     paths # as given to `read_records`
@@ -225,6 +233,7 @@ def with_settings(
             if v is not None: df.loc[here, column] = v
     return df
 
+# %% ../nbs/api/34_figures.ipynb #4d9836c0
 def need(
     df, *columns
 ):
@@ -233,7 +242,7 @@ def need(
     if lacking: raise LopError(f"This figure compares settings, and the records have no column {', '.join(lacking)}. Give lop-show the folder of a sweep over {', '.join(settings.get(c, c) for c in lacking)}, or add the column.")
     return df
 
-# %% ../nbs/api/34_figures.ipynb #e2a6e5c4
+# %% ../nbs/api/34_figures.ipynb #bd30f5fc
 def compare(
     df, column, # what is compared: a column of `settings`
     names,      # metrics; those that are absent are left out
@@ -249,6 +258,7 @@ def compare(
     explain(panels[0]); fig.numbers = t
     return fig
 
+# %% ../nbs/api/34_figures.ipynb #e7cc905d
 def normalizations(
     df # records with a column `normalization`, and `dropout_p` if there are several
 )->Picture:
@@ -257,6 +267,7 @@ def normalizations(
     kinds = df.assign(kind="dropout " + df.dropout_p.astype(str) if dropout else "")
     return compare(kinds, "normalization", ["dead_fraction", "duplicate_fraction", "effective_rank", "online_accuracy"], key="kind")
 
+# %% ../nbs/api/34_figures.ipynb #1fd069a7
 def optimizers(
     df, names=("online_accuracy", "test_accuracy", "cloning_r2", "train_loss", "effective_rank"), x="step"
 )->Picture:
@@ -309,6 +320,7 @@ def ticket_overlap(
     fig.numbers, fig.more = t, dict(correlations=correlations(both, steps))
     return fig
 
+# %% ../nbs/api/34_figures.ipynb #1d4223dd
 def correlations(both, steps):
     "Pearson's correlation over tasks between the mean overlap of each density and the mean test accuracy"
     def pearson(a, b): return np.corrcoef(a.mean(0), b.mean(0))[0, 1]
@@ -320,7 +332,7 @@ def correlations(both, steps):
             out.append(dict(series=name, line=line, tasks=len(shared[1]), **bootstrap((a.loc[shared].to_numpy(), b.loc[shared].to_numpy()), pearson, resamples=999)._asdict()))
     return pd.DataFrame(out)
 
-# %% ../nbs/api/34_figures.ipynb #1d4223dd
+# %% ../nbs/api/34_figures.ipynb #c2c2f2cd
 def smooth(
     v,        # [..., T]
     window=21 # tasks; an even number is made odd by one more
@@ -330,6 +342,7 @@ def smooth(
     seen = np.lib.stride_tricks.sliding_window_view(padded, 2*half + 1, axis=-1)
     return seen.mean(-1), seen.std(-1)
 
+# %% ../nbs/api/34_figures.ipynb #d8cc50bd
 def smoothed_accuracy(
     df, metric="test_accuracy", # which accuracy: the axis names it
     window=21
@@ -344,7 +357,7 @@ def smoothed_accuracy(
     ax.set_ylabel(metric.replace("_", " "), fontsize=8); fig.numbers = t.rename(columns=dict(half="std"))
     return fig
 
-# %% ../nbs/api/34_figures.ipynb #c2c2f2cd
+# %% ../nbs/api/34_figures.ipynb #35f8f327
 def ticket_accuracy(
     df, tasks=None,            # only so many, from the first; None: all
     metric="test_accuracy"
@@ -352,12 +365,14 @@ def ticket_accuracy(
     "Test accuracy of the full network, of tickets and of random masks, a run each, at the step where each task begins or ends; task 0 is the first"
     rows = pick(df, metric); return _ends(rows if tasks is None else rows[rows.task < tasks], [metric])
 
+# %% ../nbs/api/34_figures.ipynb #c4322d53
 def tickets_along(
     df, tasks=100
 )->Picture:
     "The same over the first 100 tasks: a ticket that goes on training beside the full network"
     return ticket_accuracy(df, tasks)
 
+# %% ../nbs/api/34_figures.ipynb #b24fc42f
 def parameter_overlap(
     df, metric="parameter_overlap" # records of it with a column `density`
 )->Picture:
@@ -370,6 +385,7 @@ def parameter_overlap(
 known = {f.__name__: f for f in (accuracy_matrix, forgetting, task_transitions, learning_curves, metrics_history, layer_metrics, layer_metrics_over_time, activations, plasticity, rank_and_dead,
     by_layer, normalizations, optimizers, bit_flips, widths, cloning, noise_sweep, ticket_overlap, smoothed_accuracy, ticket_accuracy, tickets_along, parameter_overlap)}
 
+# %% ../nbs/api/34_figures.ipynb #d0f41e03
 def draw(
     df,   # records, with the columns that the figure needs
     name  # of `known`
@@ -377,6 +393,17 @@ def draw(
     "The figure called `name`; `LopError` if there is none of that name, or the records lack what it shows"
     return known[one_of("figure", name, known)](df)
 
+# %% ../nbs/api/34_figures.ipynb #b20c840c
 def describe_figures()->str:
     "A line for each figure: its name and what it shows"
     return "\n".join(f"  {name:24} {f.__doc__.split(';')[0]}" for name, f in known.items())
+
+# %% ../nbs/api/34_figures.ipynb #ad046635
+def save_more(
+    df,    # records
+    folder # where the pictures go
+)->list:   # the paths
+    "Write the figures of what was recorded on request: other tasks, histograms"
+    has = lambda start: bool(df.metric.str.startswith(start).any())
+    names = ["accuracy_matrix", "forgetting"]*has("other_accuracy") + ["activations"]*has("act_means_hist")
+    return [draw(df, n).save(Path(folder)/f"{n}.png") for n in names]

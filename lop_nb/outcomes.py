@@ -10,6 +10,7 @@ __all__ = ['Interval', 'expanded', 'bootstrap', 'final_average', 'backward_trans
            'accuracy_matrix', 'initial_accuracy', 'learning_speeds', 'of_run', 'outcome_table']
 
 # %% ../nbs/api/23_outcomes.ipynb #2082bf22
+import warnings
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import stats
@@ -46,7 +47,7 @@ def bootstrap(
     level, how = (expanded(n, confidence), "percentile") if method == "expanded" else (confidence, method)
     flat, rng = all(a.ndim == 1 for a in arrays), np.random.default_rng(spawn(seed, "bootstrap"))
     data, f = (arrays, statistic) if flat else ((np.arange(n),), lambda rows: statistic(*(a[rows.astype(int)] for a in arrays)))
-    with np.errstate(all="ignore"): found = stats.bootstrap(data, f, n_resamples=resamples, paired=True, vectorized=None if flat else False, confidence_level=level, method=how, random_state=rng)
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning): found = stats.bootstrap(data, f, n_resamples=resamples, paired=True, vectorized=None if flat else False, confidence_level=level, method=how, random_state=rng)
     return Interval(whole, *_ends(found, whole))
 
 # %% ../nbs/api/23_outcomes.ipynb #61fe680f

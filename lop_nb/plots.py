@@ -103,6 +103,7 @@ def lines(
     "Mean and interval of each line"
     for i, name in enumerate(t[key].unique() if names is None else names):
         r = t[t[key] == name]; at = r[x] + (x == "task")
+        if r.empty: continue
         ax.plot(at, r["mean"], **style(i), label=str(name), marker="." if len(r) < 3 else None)
         ax.fill_between(at, r["mean"] - r.half, r["mean"] + r.half, color=style(i)["color"], alpha=.2, linewidth=0)
 
