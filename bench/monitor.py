@@ -38,10 +38,6 @@ def timed(callback):
     return callback
 
 
-class Hooked:
-    "Calls the clocked moments of another callback"
-
-
 def study(data, what, tasks):
     "Processor seconds inside the monitor, and outside it"
     make = partial(MLP, 64, 10, hidden_sizes=[64]*3, normalization="none", dropout_p=0.)

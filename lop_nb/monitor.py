@@ -29,12 +29,12 @@ _d = MetricsConfig()
 
 # %% ../nbs/api/27_monitor.ipynb #882e13dd
 def balanced(
-    y,    # labels [R, n]
+    y,    # labels [R, n]; where they are no classes but numbers, the first rows are taken
     size, # how many rows at most; None: as many as there are, classes as they come
     valid # [R, n]: which rows count
 ):        # positions [R, m], the same number of each class
     "Rows of each replica that have every class equally often"
-    if size is None: return torch.arange(y.shape[1], device=y.device).expand(len(y), -1)
+    if size is None or y.is_floating_point(): return torch.arange(y.shape[1], device=y.device)[:size].expand(len(y), -1)
     classes = [y_r[ok].unique() for y_r, ok in zip(y, valid)]
     rows = [[((y_r == c) & ok).nonzero()[:, 0] for c in cs] for y_r, ok, cs in zip(y, valid, classes)]
     share = min(min(len(r) for r in rs) for rs in rows)
@@ -149,7 +149,7 @@ def examples(self:Monitor, task):
     view = getattr(task, self.split)
     if view is None or view.n == 0: raise LopError(f"metrics.probe_split={self.split}, but this task has no {self.split} examples. Choose train.")
     everything = torch.arange(view.n, device=view.rows.device).expand(len(view.rows), -1)
-    return view.fetch(everything if self.size is None else balanced(view.fetch(everything)[1], self.size, view.valid))
+    return view.fetch(everything if self.size is None else balanced(view.label(everything), self.size, view.valid))
 
 @patch
 def probe(self:Monitor, task):
@@ -176,9 +176,9 @@ def measure(self:Monitor, learner,
     "Record every measure of every layer now; a layer that lacks what a measure needs goes without it"
     nets = learner.replicas; names = {g.site: g.name for g in nets.graph.groups}
     h, more = self.ingredients(nets, learner.task, select(nets.modules[0], self.layers))
-    for place, values in metrics.measure_layers(h, self.names, **more, settings=self.settings).items():
-        if self.histograms: values |= spread(h[place], self.settings.histogram_edges)
-        for name, v in values.items(): learner.log(name + label, v, self.split, names.get(place, place))
+    values = metrics.measure_layers(h, self.names, **more, settings=self.settings)
+    if self.histograms: values = {place: v | spread(h[place], self.settings.histogram_edges) for place, v in values.items()}
+    learner.log_all({(self.split, names.get(place, place), name + label): v for place, own in values.items() for name, v in own.items()})
 
 # %% ../nbs/api/27_monitor.ipynb #65c9af8a
 def spread(
