@@ -123,7 +123,8 @@ def asked(
     names # of measures, or "all" among them
 )->list:
     "The measures by name; `LopError` for one that there is not"
-    return list(metrics.known) if "all" in names else [one_of("metric", n, [*metrics.known, "all"]) for n in names]
+    names = [one_of("metric", n, [*metrics.known, "all"]) for n in names]
+    return list(metrics.known) if "all" in names else names
 
 class Monitor(Callback):
     "Measure layers on a fixed, class-balanced, un-augmented probe: at the end of a task, and within it if asked"
@@ -139,6 +140,8 @@ class Monitor(Callback):
     ):
         for k in thresholds: one_of("threshold", k, [f.name for f in fields(_d)])
         self.names, self.settings, self.histograms = asked(names), replace(_d, **thresholds), histograms
+        edges = list(self.settings.histogram_edges)
+        if edges != sorted(set(edges)) or edges[0] <= 0: raise LopError(f"metrics.histogram_edges={edges}: they must be positive and ascending.")
         self.needs, self.weights = {need for n in self.names for need in metrics.known[n]}, {}   # {"before": params, "initial": params}
         self.split, self.size, self.every, self.epochs, self.layers = one_of("split", probe_split, ["train", "val", "test"]), probe_size, every, epochs, list(layers)
 
@@ -159,7 +162,7 @@ def probe(self:Monitor, task):
 # %% ../nbs/api/27_monitor.ipynb #07ef89e6
 @patch
 def ingredients(self:Monitor, nets, task, places):
-    "{name of an ingredient: {module: tensor}}: activations, and what else the measures need"
+    "Activations {module: [R, N, D]}, and what else the measures need: {ingredient: {module: tensor}}"
     x, y = self.examples(task); groups = {g.site: g for g in nets.graph.groups if g.site in places}; more = {}
     if "grads" in self.needs:
         seen = with_gradients(nets, task, x, y, places)

@@ -155,7 +155,7 @@ def accuracy_matrix(
     metric="other_accuracy"
 ):      # [R, T, T]; NaN where it was not measured
     "A[i, j]: accuracy on task j after task i"
-    rows = end_of_task(df[df.metric == metric]); rows = rows.assign(on=rows.split.str.partition("/")[2].astype(int))
+    rows = end_of_task(df[df.metric == metric]); rows = rows.assign(on=rows.split.str.removeprefix("test/").astype(int))
     seeds, T = sorted(rows.seed.unique()), max(rows.on.max(), rows.task.max()) + 1
     A = np.full((len(seeds), T, T), np.nan)
     A[np.searchsorted(seeds, rows.seed), rows.task, rows.on] = rows.value
@@ -166,7 +166,7 @@ def initial_accuracy(
 ):     # [R, T]
     "b[j]: accuracy on each task before any training"
     rows = df[(df.metric == "other_accuracy") & (df.step == 0)]
-    return rows.assign(on=rows.split.str.partition("/")[2].astype(int)).pivot_table(index="seed", columns="on", values="value").to_numpy()
+    return rows.assign(on=rows.split.str.removeprefix("test/").astype(int)).pivot_table(index="seed", columns="on", values="value").to_numpy()
 
 # %% ../nbs/api/23_outcomes.ipynb #5f10afa6
 def learning_speeds(
