@@ -12,7 +12,6 @@ __all__ = ['settings', 'known', 'accuracy_matrix', 'forgetting', 'retention', 't
            'ticket_accuracy', 'tickets_along', 'parameter_overlap', 'draw', 'describe_figures', 'save_more']
 
 # %% ../nbs/api/34_figures.ipynb #34503cd2
-from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from omegaconf import OmegaConf
@@ -58,7 +57,7 @@ def forgetting(
 # %% ../nbs/api/34_figures.ipynb #942acf44
 def retention(df):
     "run, since, mean, half, n: of each replica the mean over all tasks that were learnt so long ago"
-    rows = end_of_task(pick(df, "other_accuracy")); rows = rows.assign(on=rows.split.str.partition("/")[2].astype(int)).query("task >= on")
+    rows = end_of_task(pick(df, "other_accuracy")); rows = rows.assign(on=rows.split.str.removeprefix("test/").astype(int)).query("task >= on")
     ends = rows[rows.task == rows.on].set_index(["run", "seed", "on"]).step
     rows = rows.assign(since=rows.step - ends.reindex(pd.MultiIndex.from_frame(rows[["run", "seed", "on"]])).to_numpy(), lag=rows.task - rows.on)
     each = rows.groupby(["run", "lag", "seed"], sort=False)[["value", "since"]].mean().reset_index().sort_values("lag")
@@ -316,7 +315,7 @@ def ticket_overlap(
     steps = both.assign(value=both.groupby(["line", "seed"]).value.diff(), differenced=True).dropna(subset="value")
     t = over_time(pd.concat([both, steps]), ("differenced", "line")); fig, panels = blank(4, columns=2, width=2.8)
     for ax, (diff, of) in zip(panels, ((d, of) for d in (False, True) for of in (True, False))):
-        r = t[(t.differenced == diff) & ((t.line == "test_accuracy") != of)]; lines(ax, r, key="line"); dress(ax, "", ("overlap, %" if of else "test accuracy") + ", differenced"*diff); explain(ax)
+        r = t[(t.differenced == diff) & ((t.line == "test_accuracy") != of)]; lines(ax, r, key="line", names=sorted(r.line.unique())); dress(ax, "", ("overlap, %" if of else "test accuracy") + ", differenced"*diff); explain(ax)
     fig.numbers, fig.more = t, dict(correlations=correlations(both, steps))
     return fig
 
