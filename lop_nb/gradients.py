@@ -7,7 +7,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/gradients.html.md"""
 # %% auto #0
 __all__ = ['chunk_bytes', 'stacked', 'still', 'output_gradients', 'pullbacks', 'example_gradients', 'mean_gradient',
            'gradient_norm', 'zero_gradient_share', 'gradient_alignment', 'strength', 'reliability', 'readiness',
-           'batch_square', 'sampled_square', 'debiased', 'moments', 'task_readiness', 'local_redundancy']
+           'batch_square', 'sampled_square', 'debiased', 'moments', 'pick_examples', 'task_readiness',
+           'local_redundancy']
 
 # %% ../nbs/api/20_gradients.ipynb #b67b849e
 from contextlib import contextmanager
@@ -194,6 +195,21 @@ def moments(
     return dict(loss=double(torch.where(ok, losses, 0.)).sum(1) / n, whole=(total / n[:, None]).square().sum(1), each=each / n)
 
 # %% ../nbs/api/20_gradients.ipynb #3130a47f
+def pick_examples(
+    task,     # a `Task`
+    seeds,    # of its replicas
+    examples, # how many to draw, with replacement; None: each one once
+    seed=0    # of that draw
+):            # positions int64 [R, n], which of them count: bool [R, n]
+    "Training examples of a task to measure something on"
+    valid = task.train.valid
+    if examples is None: return torch.arange(task.train.n, device=valid.device).expand(len(seeds), -1), valid
+    if examples < 2: raise LopError(f"examples={examples}: at least 2 are needed to tell a gradient from its noise; None takes the whole task.")
+    rows = [ok.nonzero()[:, 0] for ok in valid]
+    draw = [r[torch.randint(len(r), (examples,), generator=generator(s, "gradients", seed, task.index)).to(r.device)] for r, s in zip(rows, seeds)]
+    return torch.stack(draw), torch.ones_like(draw[0], dtype=bool).expand(len(seeds), -1)
+
+# %% ../nbs/api/20_gradients.ipynb #f7cb1a6f
 def task_readiness(
     nets,          # `Replicas`
     task,          # a `Task` of these replicas
@@ -202,21 +218,12 @@ def task_readiness(
     seed=0         # of that draw
 )->dict:           # [R]: loss, gradient_norm, strength, reliability, readiness
     "Readiness of the networks to learn a task from its training examples, and its parts"
-    pick, ok = _examples(task, nets.seeds, examples, seed)
+    pick, ok = pick_examples(task, nets.seeds, examples, seed)
     m = moments(nets, *task.train.fetch(pick), task.loss, ok)
     whole = m["whole"] if examples is None else debiased(m["whole"], m["each"], examples).clamp(min=0)
     square = batch_square(whole, m["each"], batch)
     return dict(loss=m["loss"], gradient_norm=whole.sqrt(), strength=strength(m["loss"], whole),
                 reliability=reliability(whole, square), readiness=readiness(m["loss"], whole, square))
-
-def _examples(task, seeds, examples, seed):
-    "Positions [R, n], and which of them count"
-    valid = task.train.valid
-    if examples is None: return torch.arange(task.train.n, device=valid.device).expand(len(seeds), -1), valid
-    if examples < 2: raise LopError(f"examples={examples}: at least 2 are needed to tell a gradient from its noise; None takes the whole task.")
-    rows = [ok.nonzero()[:, 0] for ok in valid]
-    draw = [r[torch.randint(len(r), (examples,), generator=generator(s, "gradients", seed, task.index)).to(r.device)] for r, s in zip(rows, seeds)]
-    return torch.stack(draw), torch.ones_like(draw[0], dtype=bool).expand(len(seeds), -1)
 
 # %% ../nbs/api/20_gradients.ipynb #7ea4200a
 def _surprises(z, kind, sigma, draws, generators):
