@@ -67,14 +67,13 @@ def lanczos(
     generators # one for each replica, on the processor
 ):             # α [R, k], β [R, k]: diagonal, and beside it; the last β only bounds errors
     "Lanczos' tridiagonal matrix, with full reorthogonalisation"
-    q, alphas, betas = _unit(_draw(H, generators))[0], [], []
-    Q = q[:, None]
-    for _ in range(min(steps, H.shape[1])):
-        w = H @ q; size = torch.linalg.vector_norm(w, dim=1)
-        alphas.append((q * w).sum(1)); w = _orthogonal(w, Q)
-        q, beta = _unit(w, 1e3*torch.finfo(w.dtype).eps * size); betas.append(beta)
-        q = torch.where((beta == 0)[:, None], _unit(_orthogonal(_draw(H, generators), Q))[0], q)
-        Q = torch.cat([Q, q[:, None]], 1)
+    k = min(steps, H.shape[1]); Q = torch.zeros(len(generators), k + 1, H.shape[1], dtype=H.dtype, device=H.device)
+    Q[:, 0], alphas, betas = _unit(_draw(H, generators))[0], [], []
+    for i in range(k):
+        w, before = H @ Q[:, i], Q[:, :i + 1]; size = torch.linalg.vector_norm(w, dim=1)
+        alphas.append((Q[:, i] * w).sum(1))
+        q, beta = _unit(_orthogonal(w, before), 1e3*torch.finfo(w.dtype).eps * size); betas.append(beta)
+        Q[:, i + 1] = torch.where((beta == 0)[:, None], _unit(_orthogonal(_draw(H, generators), before))[0], q)
     return torch.stack(alphas, 1), torch.stack(betas, 1)
 
 # %% ../nbs/api/21_curvature.ipynb #559d91b8

@@ -7,8 +7,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/gradients.html.md"""
 # %% auto #0
 __all__ = ['chunk_bytes', 'stacked', 'still', 'output_gradients', 'pullbacks', 'example_gradients', 'mean_gradient',
            'gradient_norm', 'zero_gradient_share', 'gradient_alignment', 'strength', 'reliability', 'readiness',
-           'batch_square', 'sampled_square', 'debiased', 'moments', 'pick_examples', 'task_readiness',
-           'local_redundancy']
+           'batch_square', 'sampled_square', 'debiased', 'pullback_squares', 'moments', 'pick_examples',
+           'task_readiness', 'local_redundancy']
 
 # %% ../nbs/api/20_gradients.ipynb #b67b849e
 from contextlib import contextmanager
@@ -98,8 +98,11 @@ def mean_gradient(
     valid=None         # bool [R, n]: which examples count; None: all
 ):                     # [R, P]
     "The gradient of the mean loss, in evaluation mode"
+    return _sum_of(model, x, _counted(output_gradients(model, x, y, loss)[1], valid))
+
+def _sum_of(model, x, d):
+    "The sum of Jᵢᵀdᵢ over the examples [R, P]"
     module, params, buffers = stacked(model)
-    d = _counted(output_gradients(model, x, y, loss)[1], valid)
     def one(p, b, x, d): return grad(lambda p: (functional_call(module, (p, b), (x,)) * d).sum())(p)
     with still(module): parts = [vmap(one)(params, buffers, *xd) for xd in zip(x.split(1024, 1), d.split(1024, 1))]
     return sum(torch.cat([g.flatten(1) for g in part.values()], 1) for part in parts)
@@ -181,6 +184,49 @@ def debiased(
     "‖g‖² of the whole task, without bias, from n independently drawn examples"
     return (n*whole - each) / (n - 1)
 
+# %% ../nbs/api/20_gradients.ipynb #2a7f040a
+@contextmanager
+def _watched(linear, hook):
+    "Call `hook(name, input, output)` whenever one of the layers has run; what it returns is the output then"
+    handles = [m.register_forward_hook(lambda m, args, out, n=n: hook(n, args[0], out)) for n, m in linear.items()]
+    try: yield
+    finally:
+        for h in handles: h.remove()
+
+def _linear_layers(module, params, buffers, x):
+    "{name: layer} if all parameters are theirs, and each sees an example once, as a vector; else None"
+    linear, seen = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}, []
+    if sum(len(list(m.parameters())) for m in linear.values()) != len(params): return None
+    first = lambda ts: {k: t[0] for k, t in ts.items()}
+    with _watched(linear, lambda n, a, out: seen.append((n, a.ndim))), torch.no_grad(): functional_call(module, (first(params), first(buffers)), (x[0, :1],))
+    return linear if sorted(seen) == sorted((n, 2) for n in linear) else None
+
+def _squares(module, linear):
+    "(parameters, buffers, x [n, …], d [n, V, K]) -> ‖Jᵀd‖² [n, V], for one replica"
+    def run(p, b, x, d):
+        inputs = {}
+        def call(zeros):
+            def hook(n, a, out): inputs[n] = a; return out + zeros[n]
+            with _watched(linear, hook): return functional_call(module, (p, b), (x,)), dict(inputs)
+        _, back, a = vjp(call, {n: d.new_zeros(len(x), m.out_features) for n, m in linear.items()}, has_aux=True)
+        δ = vmap(back, in_dims=1, out_dims=1)(d)[0]
+        return sum(δ[n].square().sum(-1) * (a[n].square().sum(-1) + (m.bias is not None))[:, None] for n, m in linear.items())
+    return run
+
+# %% ../nbs/api/20_gradients.ipynb #a66d0ef7
+def pullback_squares(
+    model, # `Replicas`, or a module as one replica
+    x,     # inputs [R, n, …]
+    d      # [R, n, V, K]: V vectors for each example
+):         # [R, n, V]
+    "‖Jᵀd‖² of each example and vector"
+    module, params, buffers = stacked(model)
+    with still(module):
+        linear = _linear_layers(module, params, buffers, x)
+        if linear is None: return torch.cat([g.square().sum(-1) for _, g in pullbacks(model, x, d)], 1)
+        many = max(1, chunk_bytes // (d.shape[2] * d.element_size() * sum(m.out_features for m in linear.values())))
+        return torch.cat([vmap(_squares(module, linear))(params, buffers, *xd) for xd in zip(x.split(many, 1), d.split(many, 1))], 1)
+
 # %% ../nbs/api/20_gradients.ipynb #a7156263
 def moments(
     model, x, y, loss, # as in `example_gradients`
@@ -189,10 +235,9 @@ def moments(
     "What readiness needs, in one pass that keeps no example's gradient"
     losses, d = output_gradients(model, x, y, loss)
     ok = torch.ones_like(losses, dtype=bool) if valid is None else valid
-    n, total, each = double(ok).sum(1), 0., 0.
-    for at, g in pullbacks(model, x, torch.where(ok[..., None], d, 0.)[:, :, None]):
-        total, each = total + double(g.sum((1, 2))), each + double(gradient_norm(g)).square().sum((1, 2))
-    return dict(loss=double(torch.where(ok, losses, 0.)).sum(1) / n, whole=(total / n[:, None]).square().sum(1), each=each / n)
+    n, d = double(ok).sum(1), torch.where(ok[..., None], d, 0.)
+    total, squares = double(_sum_of(model, x, d)), double(pullback_squares(model, x, d[:, :, None]))
+    return dict(loss=double(torch.where(ok, losses, 0.)).sum(1) / n, whole=(total / n[:, None]).square().sum(1), each=squares.sum((1, 2)) / n)
 
 # %% ../nbs/api/20_gradients.ipynb #3130a47f
 def pick_examples(
@@ -253,5 +298,5 @@ def local_redundancy(
     if draws is not None and generators is None: raise LopError("Local redundancy draws labels from generators, one for each replica: pass generators=[generator(seed, 'labels') for seed in nets.seeds], or draws=None for the exact one.")
     z = _logits(model, x)
     if classes is not None: z = z.masked_fill(~classes[:, None], -torch.inf)
-    each = [double(g).square().sum((1, 2, 3)) for _, g in pullbacks(model, x, _surprises(z, kind, sigma, draws, generators))]
-    return sum(each) / x.shape[1]
+    squares = pullback_squares(model, x, _surprises(z, kind, sigma, draws, generators))
+    return double(squares).sum((1, 2)) / x.shape[1]

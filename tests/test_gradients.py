@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from lop_nb import gradients
 from lop_nb.data import load
-from lop_nb.gradients import (batch_square, debiased, example_gradients, gradient_alignment, gradient_norm, local_redundancy, mean_gradient, moments, output_gradients,
+from lop_nb.gradients import (batch_square, debiased, example_gradients, gradient_alignment, gradient_norm, local_redundancy, mean_gradient, moments, output_gradients, pullback_squares,
                               readiness, reliability, sampled_square, strength, task_readiness, zero_gradient_share)
 from lop_nb.models import CNN, MLP
 from lop_nb.ranks import effective_rank, stable_rank
@@ -237,3 +237,31 @@ def test_what_local_redundancy_refuses():
     nets, _, x, _ = some(n=2)
     with pytest.raises(LopError, match="regression"): local_redundancy(nets, x, "regresion")
     with pytest.raises(LopError, match="generators="): local_redundancy(nets, x, draws=3)
+
+
+# ---- squares without the gradients ----
+class Twice(torch.nn.Module):
+    "one linear layer that every example passes twice"
+    def __init__(self): super().__init__(); self.inner = torch.nn.Linear(5, 5, dtype=torch.float64)
+    def forward(self, x): return self.inner(self.inner(x).tanh())
+
+
+class Tokens(torch.nn.Module):
+    "a linear layer that sees three positions of an example"
+    def __init__(self): super().__init__(); self.inner = torch.nn.Linear(5, 4, dtype=torch.float64)
+    def forward(self, x): return self.inner(x.unflatten(1, (3, 5))).mean(1)
+
+
+@pytest.mark.parametrize("net, inputs, short", [
+    (partial(MLP, 6, 4, hidden_sizes=[5, 3], normalization="none", dropout_p=.3, activation="tanh"), 6, True),
+    (partial(MLP, 6, 4, hidden_sizes=[5], normalization="none", dropout_p=0., bias=False), 6, True),
+    (partial(torch.nn.Linear, 6, 4), 6, True), (partial(MLP, 6, 4, hidden_sizes=[5], normalization="layer"), 6, False), (Twice, 5, False), (Tokens, 15, False)])
+def test_squares_by_the_short_way_and_the_long(net, inputs, short):
+    "the same for three vectors of each example; a network to which the short way does not apply takes the long one"
+    nets = Replicas(net, [0, 1], dtype=torch.float64); x = gauss(2, 7, inputs); d = gauss(2, 7, 3, nets(x).shape[-1], seed=1)
+    long = torch.cat([g.square().sum(-1) for _, g in gradients.pullbacks(nets, x, d)], 1)
+    assert (pullback_squares(nets, x, d) - long).abs().max() < 1e-12
+    module, params, buffers = gradients.stacked(nets); assert (gradients._linear_layers(module, params, buffers, x) is not None) == short
+    slow = torch.autograd.grad((nets.modules[1].eval()(x[1, 2:3])[0] * d[1, 2, 0]).sum(), list(nets.modules[1].parameters()))
+    assert abs(sum(g.square().sum() for g in slow) - long[1, 2, 0]) < 1e-12
+    assert not any(m._forward_hooks for m in module.modules())
