@@ -7,7 +7,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/ranking.html.md"""
 # %% auto #0
 __all__ = ['unit_names', 'directions', 'ranking_accuracy', 'undecided', 'Keep', 'inputs_of', 'slopes_at', 'unit_values',
            'example_gram', 'gradient_values', 'kernel_values', 'curvature_values', 'all_values', 'held_out', 'gains',
-           'stacked_nets', 'score', 'rank_measures']
+           'stacked_nets', 'score', 'over_tasks', 'rank_measures']
 
 # %% ../nbs/api/31_ranking.ipynb #98cd0943
 import math, pandas as pd, torch
@@ -246,35 +246,38 @@ def score(
     return pd.DataFrame(rows)
 
 # %% ../nbs/api/31_ranking.ipynb #301a89f1
-def _grid(frame, metric, rollout, seeds):
-    "[streams, checkpoints], means over the held-out tasks"
-    d = frame[(frame.metric == metric) & (frame.rollout == rollout)]
-    if len(d) == 0: raise LopError(f"There is no {metric} of rollout '{rollout}' in this table. It has: {', '.join(sorted(frame.metric.unique()))}.")
-    return torch.tensor(d.groupby(["seed", "after"]).value.mean().unstack().loc[seeds].to_numpy())
-
-def _error(frame, target, rollout, seeds):
-    "Standard errors of the means over the held-out tasks, or None"
-    d = frame[(frame.metric == f"{target}_error") & (frame.rollout == rollout)]
-    if len(d) == 0: return None
-    square = d.assign(value=d.value**2).groupby(["seed", "after"]).value
-    return torch.tensor((square.sum()**.5 / square.count()).unstack().loc[seeds].to_numpy())
+def over_tasks(
+    frame # of `score`
+):        # the same without `task`
+    "Means over the held-out tasks; of standard errors, the error of that mean"
+    keys = ["rollout", "metric", "seed", "after"]; error = frame.metric.str.endswith("_error")
+    square = frame.assign(value=frame.value**2).groupby(keys).value
+    mean, spread = frame[~error].groupby(keys).value.mean(), square.sum()**.5 / square.count()
+    return pd.concat([mean, spread[spread.index.get_level_values("metric").str.endswith("_error")]]).reset_index()
 
 # %% ../nbs/api/31_ranking.ipynb #23d8bec7
+def _grids(frame):
+    "A function (rollout, metric) -> [streams, checkpoints]"
+    wide = frame.set_index(["rollout", "metric", "seed", "after"]).value.unstack()
+    def grid(rollout, metric):
+        if (rollout, metric) in wide.index: return torch.tensor(wide.loc[rollout, metric].to_numpy())
+        raise LopError(f"There is no {metric} of rollout '{rollout}' in this table. It has: {', '.join(sorted({'/'.join(k).strip('/') for k in wide.index.droplevel('seed')}))}.")
+    return grid
+
+# %% ../nbs/api/31_ranking.ipynb #1f9fc35c
 def rank_measures(
-    frame,                 # of `score`
+    frame,                 # of `score`, or of `over_tasks`
     target="gain_1",       # what is to be predicted: "gain_k", or "end_k", of which less is better
     rollout="published",   # of which rollouts
     directions=directions, # +1, -1, or 0 for a measure without a direction
     decided=False,         # leave out the pairs that the rollouts can't tell apart?
     from_=0                # the first checkpoint that counts, in tasks learnt; 1 leaves out the new networks
-):                         # DataFrame indexed by metric: accuracy, low, high (95 %), free, undecided
+):                         # DataFrame indexed by metric: direction, accuracy, low, high (95 %), free, undecided
     "How often each measure orders two checkpoints of a stream as the target does"
-    frame = frame[frame.after >= from_]; seeds = sorted(frame.seed.unique())
-    goal = _grid(frame, target, rollout, seeds) * (-1 if target.startswith("end") else 1); error = _error(frame, target, rollout, seeds)
-    unsure = undecided(goal, error).mean().item() if error is not None else math.nan
-    rows = {}
+    frame = over_tasks(frame) if "task" in frame else frame
+    grid = _grids(frame[frame.after >= from_]); goal = grid(rollout, target) * (-1 if target.startswith("end") else 1)
+    error = grid(rollout, f"{target}_error"); unsure, rows = undecided(goal, error).mean().item(), {}
     for m in (m for m in directions if m in set(frame.metric)):
-        share = ranking_accuracy(_grid(frame, m, "", seeds), goal, directions[m] >= 0, error if decided else None)
-        a = bootstrap(share.numpy())
+        a = bootstrap(ranking_accuracy(grid("", m), goal, directions[m] >= 0, error if decided else None).numpy())
         rows[m] = dict(direction=directions[m], accuracy=a.estimate, low=a.low, high=a.high, free=max(a.estimate, 1 - a.estimate), undecided=unsure)
     return pd.DataFrame(rows).T

@@ -1,7 +1,7 @@
-"""The runs behind 05_ranking.ipynb: `LOP_DATA=DIR python nbs/experiments/ranking_study.py FOLDER [regression|mnist]`
+"""The runs behind 05_ranking.ipynb: `LOP_DATA=DIR python nbs/experiments/ranking_study.py FOLDER`
 
-Trains the streams (networks and records go to FOLDER, and are not trained again if they are there), tries every checkpoint on held-out tasks,
-and writes FOLDER/ranking_NAME_OPTIMIZER.parquet. About half an hour on one core. The seeds are those in `studies`.
+Trains the streams (networks and records go to FOLDER, and are not trained again if they are there), tries every checkpoint on held-out tasks
+(FOLDER/ranking_NAME_OPTIMIZER.parquet), and writes what the notebook reads to nbs/experiments/results. The seeds stand in `regression` and `mnist`.
 """
 import sys
 import time
@@ -16,7 +16,7 @@ from lop_nb.chains import MLP
 from lop_nb.config import SGD, Adam
 from lop_nb.data import load
 from lop_nb.learner import Learner, Online
-from lop_nb.ranking import Keep, all_values, held_out, score
+from lop_nb.ranking import Keep, all_values, held_out, over_tasks, rank_measures, score
 from lop_nb.replicas import Replicas
 from lop_nb.streams import PermutedPixels
 
@@ -60,11 +60,27 @@ def study(name, optimizer, folder):
         chosen = {0: kept[0]} | {m: kept[m] for m in some}
         frame = score(s["nets"], chosen, s["tasks"], partial(measure, s), rollouts, at_once=len(chosen))
         parts.append(frame if not parts else frame[frame.after > 0])
-        pd.concat(parts, ignore_index=True).to_parquet(folder/f"ranking_{name}_{optimizer}.parquet")
+        pd.concat(parts, ignore_index=True).to_parquet(folder/f"part_{name}_{optimizer}.parquet")
         print(name, optimizer, "up to", some[-1], f"{time.time() - began:.0f} s", flush=True)
+    (folder/f"part_{name}_{optimizer}.parquet").rename(folder/f"ranking_{name}_{optimizer}.parquet")
+
+
+def summary(folder, out):
+    "What the notebook reads: values (means over the held-out tasks), the ranking of every target, online loss and accuracy of the training"
+    values, tables, online = [], [], []
+    for name, optimizer in ((n, o) for n in studies for o in ("sgd", "adam")):
+        run = dict(study=name, optimizer=optimizer); frame = over_tasks(pd.read_parquet(folder/f"ranking_{name}_{optimizer}.parquet")); values.append(frame.assign(**run))
+        for rollout, target in ((r, t) for r in ("published", "own") for t in ("gain_1", "gain_10", "gain_100", "end_1", "end_10", "end_100")):
+            tables.append(rank_measures(frame, target, rollout).rename_axis("metric").reset_index().assign(rollout=rollout, target=target, **run))
+        records = pd.read_parquet(folder/f"{name}_{optimizer}.parquet"); online.append(records[records.metric.isin(["online_loss", "online_accuracy"])][["seed", "task", "metric", "value"]].assign(**run))
+    for what, parts in dict(values=values, table=tables, online=online).items():
+        frame = pd.concat(parts, ignore_index=True)
+        frame.astype({c: "float32" for c in frame.select_dtypes("float64")}).to_parquet(out/f"ranking_{what}.parquet", compression="zstd")
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]); folder.mkdir(exist_ok=True, parents=True)
-    for name in sys.argv[2:] or studies:
-        for optimizer in "sgd", "adam": study(name, optimizer, folder)
+    for name in studies:
+        for optimizer in "sgd", "adam":
+            if not (folder/f"ranking_{name}_{optimizer}.parquet").exists(): study(name, optimizer, folder)
+    summary(folder, Path(__file__).parent/"results")
