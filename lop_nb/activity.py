@@ -46,7 +46,7 @@ def answer(
     h:torch.Tensor      # On what [..., N, D]
 )->torch.Tensor:        # The shape of `value`, on the device of `h`
     "`value`, or NaN where `h` is not finite"
-    finite = h.isfinite().all(-1).all(-1).to(value.device)
+    finite = (h.amax((-2, -1)).isfinite() & h.amin((-2, -1)).isfinite()).to(value.device) # much faster than h.isfinite().all()
     value = torch.where(finite[(..., *[None]*(value.ndim - finite.ndim))], value, math.nan)
     return value.to(h.device, result_type(h))
 
@@ -84,7 +84,7 @@ def _or_one(t): return torch.where(t > 0, t, 1.)
 
 def _sizes(h): # mean size of each unit [..., 1, D], up to one factor for the layer: no overflow, no underflow
     x = h.abs().to(result_type(h))
-    return (x/_or_one(x.amax((-2, -1), keepdim=True))).mean(-2, keepdim=True)
+    return x.div_(_or_one(x.amax((-2, -1), keepdim=True))).mean(-2, keepdim=True)
 
 # %% ../nbs/api/16_activity.ipynb #635020b6
 def dormant_scores(
@@ -139,13 +139,13 @@ def gradient_shares(
 )->torch.Tensor:       # [..., N, D], of mean 1 over the units; NaN where a sample has no gradient
     "What each unit contributes to the layer's gradient on each sample: r_ij, independent of the scales of loss and units"
     g = grads.abs().to(result_type(grads))
-    pull = g/g.amax(-1, keepdim=True)*_sizes(h)
-    return pull/_or_one(pull.mean(-1, keepdim=True))
+    pull = g.div_(g.amax(-1, keepdim=True)).mul_(_sizes(h))          # in place: new buffers would cost more than the arithmetic
+    return pull.div_(_or_one(pull.mean(-1, keepdim=True)))
 
 # %% ../nbs/api/16_activity.ipynb #3a794d8a
 def _by_share(h, grads, ratio, threshold):
-    rows = (grads != 0).any(-1)
-    flat = often(gradient_shares(h, grads) <= ratio, threshold, rows)
+    shares = gradient_shares(h, grads); rows = ~shares[..., 0].isnan()
+    flat = often(shares <= ratio, threshold, rows)
     return torch.where(rows.any(-1).to(flat.device), flat.to(result_type(h)).mean(-1), math.nan)
 
 def _by_source(h, grads, ratio, threshold):

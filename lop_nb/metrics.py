@@ -8,9 +8,9 @@ Docs: https://lop-nb.github.io/lop_nb/api/metrics.html.md"""
 __all__ = ['known', 'measure', 'measure_layers', 'activation_statistics', 'answer', 'checked', 'dead_fraction', 'distance',
            'dormant_fraction', 'dormant_scores', 'double', 'frozen_fraction', 'gradient_shares', 'histogram',
            'result_type', 'saturated_fraction', 'saturated_gradient_fraction', 'slopes', 'unit_moments', 'unit_rows',
-           'weight_norm', 'zero_gradient_fraction', 'centre', 'duplicate_fraction', 'similarity', 'non_gaussianity',
-           'non_gaussianity_scores', 'effective_rank', 'energy_rank', 'gram', 'numerical_rank', 'participation_ratio',
-           'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
+           'weight_norm', 'zero_gradient_fraction', 'centre', 'duplicate_fraction', 'means', 'random_layers',
+           'similarity', 'non_gaussianity', 'non_gaussianity_scores', 'effective_rank', 'energy_rank', 'gram',
+           'numerical_rank', 'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
 
 # %% ../nbs/api/22_metrics.ipynb #c1090f3c
 import torch
@@ -18,7 +18,7 @@ from functools import cached_property
 from .activity import (activation_statistics, answer, checked, dead_fraction, distance, dormant_fraction, dormant_scores, double, frozen_fraction, gradient_shares,
     histogram, result_type, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_norm, zero_gradient_fraction)
 from .config import MetricsConfig
-from .copies import centre, duplicate_fraction, similarity
+from .copies import centre, duplicate_fraction, means, random_layers, similarity
 from .normality import non_gaussianity, non_gaussianity_scores
 from .ranks import effective_rank, energy_rank, gram, numerical_rank, participation_ratio, rankme, scaled, spectrum, srank, stable_rank
 from .runtime import LopError, one_of
@@ -26,7 +26,7 @@ from .runtime import LopError, one_of
 # %% ../nbs/api/22_metrics.ipynb #fabe82db
 _all_ = ["activation_statistics", "answer", "checked", "dead_fraction", "distance", "dormant_fraction", "dormant_scores", "double", "frozen_fraction", "gradient_shares",
     "histogram", "result_type", "saturated_fraction", "saturated_gradient_fraction", "slopes", "unit_moments", "unit_rows", "weight_norm", "zero_gradient_fraction",
-    "centre", "duplicate_fraction", "similarity", "non_gaussianity", "non_gaussianity_scores",
+    "centre", "duplicate_fraction", "means", "random_layers", "similarity", "non_gaussianity", "non_gaussianity_scores",
     "effective_rank", "energy_rank", "gram", "numerical_rank", "participation_ratio", "rankme", "scaled", "spectrum", "srank", "stable_rank"]
 
 # %% ../nbs/api/22_metrics.ipynb #954df627
@@ -38,7 +38,7 @@ def _with_means(
     c, # x, centred [..., N, D]
     m  # the means [..., D]
 ):     # `gram` of x
-    if c.shape[-2] >= c.shape[-1]: return g + c.shape[-2]*m[..., :, None]*m[..., None, :]
+    if c.shape[-2] >= c.shape[-1]: return g.addcmul(m[..., :, None], m[..., None, :], value=c.shape[-2])
     v = c @ m[..., None]
     return g + v + v.mT + m.square().sum(-1)[..., None, None]
 
@@ -47,13 +47,11 @@ class _Layer:
     "What is at hand of a layer; what several measures need is computed once, when the first asks for it"
     def __init__(self, given, settings): self.settings = settings; self.__dict__.update(given)
     @cached_property
-    def x(self): return scaled(self.h)
-    @cached_property
-    def centred(self): return centre(self.x)
+    def centred(self): x = scaled(self.h); self.means = means(x); return x.sub_(self.means)
     @cached_property
     def g_centred(self): return gram(self.centred)
     @cached_property
-    def g(self): return _with_means(self.g_centred, self.centred, self.x.mean(-2))
+    def g(self): g = self.g_centred; return _with_means(g, self.centred, self.means[..., 0, :])
     @cached_property
     def s(self): return spectrum(self.h, g=self.g)
     @cached_property
@@ -65,7 +63,7 @@ class _Layer:
 
 def _normalised(g):
     size = g.diagonal(dim1=-2, dim2=-1).sqrt()
-    return g/size[..., :, None]/size[..., None, :]
+    return (g/size[..., :, None]).div_(size[..., None, :])
 
 def _product(c, dtype):
     c = (c/c.square().sum(-2, keepdim=True).sqrt()).to(dtype)

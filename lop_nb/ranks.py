@@ -30,7 +30,8 @@ def scaled(
 )->torch.Tensor:   # [..., N, D] in float64, at most 1 in size
     "`h` over its largest entry; zeros where a replica is not finite or is zero"
     inverse = 1/double(largest(checked(h, "scaled")))
-    return (double(h)*torch.where(inverse.isfinite(), inverse, 0.)).nan_to_num(0., 0., 0.)
+    x = h.to(inverse.device, inverse.dtype, copy=True)
+    return x.mul_(torch.where(inverse.isfinite(), inverse, 0.)).nan_to_num_(0., 0., 0.)
 
 def gram(
     x:torch.Tensor # [..., N, D]
@@ -104,13 +105,11 @@ def participation_ratio(
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "(Σσ²)²/Σσ⁴: squared trace of the covariance over the trace of its square"
     h = checked(h, "participation_ratio")
-    if s is not None: q = _shares(_shares(s).square())
+    if s is not None: first, second = s.square().sum(-1), s.square().square().sum(-1).sqrt()
     else:
         if g is None: x = scaled(h); g = gram(centre(x) if centred else x)
-        trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
-        q = g.flatten(-2)/torch.where(trace == 0, 1., trace)
-    square = q.square().sum(-1)
-    return answer(torch.where(square == 0, 0., 1/square), h)
+        first, second = g.diagonal(dim1=-2, dim2=-1).sum(-1), torch.linalg.vector_norm(g, dim=(-2, -1))
+    return answer(torch.where(second == 0, 0., first/second).square(), h)
 
 # %% ../nbs/api/18_ranks.ipynb #614861c1
 def _smallest(p, missing):
