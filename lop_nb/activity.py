@@ -67,8 +67,8 @@ def often(
     rows:torch.Tensor=None# bool [..., N]: which samples count; None: all
 )->torch.Tensor:          # bool [..., D]
     "The units for which it is true in at least this share of the samples"
-    if rows is None: return true.sum(-2) >= math.ceil(share*true.shape[-2] - 1e-9)
-    return double((true & rows[..., None]).sum(-2)) >= share*double(rows.sum(-1, keepdim=True)) - 1e-9
+    if rows is None: return true.sum(-2, dtype=torch.int32) >= math.ceil(share*true.shape[-2] - 1e-9)
+    return double((true & rows[..., None]).sum(-2, dtype=torch.int32)) >= share*double(rows.sum(-1, keepdim=True)) - 1e-9
 
 def dead_fraction(
     h:torch.Tensor,      # Activations [..., N, D]

@@ -10,7 +10,7 @@ __all__ = ['known', 'measure', 'measure_layers', 'activation_statistics', 'answe
            'result_type', 'saturated_fraction', 'saturated_gradient_fraction', 'slopes', 'unit_moments', 'unit_rows',
            'weight_norm', 'zero_gradient_fraction', 'centre', 'duplicate_fraction', 'means', 'random_layers',
            'similarity', 'non_gaussianity', 'non_gaussianity_scores', 'effective_rank', 'energy_rank', 'gram',
-           'numerical_rank', 'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
+           'numerical_rank', 'outer', 'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
 
 # %% ../nbs/api/22_metrics.ipynb #c1090f3c
 import torch
@@ -20,14 +20,14 @@ from .activity import (activation_statistics, answer, checked, dead_fraction, di
 from .config import MetricsConfig
 from .copies import centre, duplicate_fraction, means, random_layers, similarity
 from .normality import non_gaussianity, non_gaussianity_scores
-from .ranks import effective_rank, energy_rank, gram, numerical_rank, participation_ratio, rankme, scaled, spectrum, srank, stable_rank
+from .ranks import effective_rank, energy_rank, gram, numerical_rank, outer, participation_ratio, rankme, scaled, spectrum, srank, stable_rank
 from .runtime import LopError, one_of
 
 # %% ../nbs/api/22_metrics.ipynb #fabe82db
 _all_ = ["activation_statistics", "answer", "checked", "dead_fraction", "distance", "dormant_fraction", "dormant_scores", "double", "frozen_fraction", "gradient_shares",
     "histogram", "result_type", "saturated_fraction", "saturated_gradient_fraction", "slopes", "unit_moments", "unit_rows", "weight_norm", "zero_gradient_fraction",
     "centre", "duplicate_fraction", "means", "random_layers", "similarity", "non_gaussianity", "non_gaussianity_scores",
-    "effective_rank", "energy_rank", "gram", "numerical_rank", "participation_ratio", "rankme", "scaled", "spectrum", "srank", "stable_rank"]
+    "effective_rank", "energy_rank", "gram", "numerical_rank", "outer", "participation_ratio", "rankme", "scaled", "spectrum", "srank", "stable_rank"]
 
 # %% ../nbs/api/22_metrics.ipynb #954df627
 _d = MetricsConfig()
@@ -66,8 +66,7 @@ def _normalised(g):
     return (g/size[..., :, None]).div_(size[..., None, :])
 
 def _product(c, dtype):
-    c = (c/c.square().sum(-2, keepdim=True).sqrt()).to(dtype)
-    return c.mT @ c
+    return outer((c/c.square().sum(-2, keepdim=True).sqrt()).to(dtype).mT)
 
 # %% ../nbs/api/22_metrics.ipynb #9dfbb64d
 _formulas = dict(
@@ -139,20 +138,25 @@ def measure(
     return {n: _formulas[n][1](layer) for n in names}
 
 # %% ../nbs/api/22_metrics.ipynb #c1eeaecb
+_fits = 2**18                                                            # numbers that go through a processor's cache together
+
 def _groups(names, layers):
-    "Layers that are measured together: {(names, shapes): [layer, …]}"
+    "Layers that are measured together: [(names, [layer, …]), …]"
     groups = {}
     for layer, own in layers.items():
         can = tuple(n for n in names if set(known[n]) <= set(own))
-        shapes = tuple((k, v.shape, v.dtype, v.device) for k, v in own.items())
-        if can: groups.setdefault((can, shapes), []).append(layer)
-    return groups
+        if can: groups.setdefault((can, *((k, v.shape, v.dtype, v.device) for k, v in own.items())), []).append(layer)
+    for (can, *_), same in groups.items():
+        first = next(iter(layers[same[0]].values())); size = len(same) if first.device.type != "cpu" else max(1, _fits//max(first.numel(), 1))
+        yield from ((can, same[i:i+size]) for i in range(0, len(same), size))
 
+# %% ../nbs/api/22_metrics.ipynb #288a1e65
 def _together(names, layers, settings):
     "{layer: {name: [...]}} for {layer: its ingredients}"
     out = {layer: {} for layer in layers}
-    for (can, shapes), same in _groups(names, layers).items():
-        given = {k: layers[same[0]][k][None] if len(same) == 1 else torch.stack([layers[layer][k] for layer in same]) for k, *_ in shapes}
+    for can, same in _groups(names, layers):
+        one = layers[same[0]]
+        given = {k: v[None] if len(same) == 1 else torch.stack([layers[layer][k] for layer in same]) for k, v in one.items()}
         values = measure(given.pop("h", None), can, **given, settings=settings)
         for i, layer in enumerate(same): out[layer] |= {n: v[i] for n, v in values.items()}
     return out

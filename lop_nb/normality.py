@@ -19,10 +19,11 @@ _d = MetricsConfig()
 
 # %% ../nbs/api/19_normality.ipynb #80687aaf
 def _sorted_units(
-    x # [..., N, D]
-):    # [..., D, N], float64, each row ascending
-    x = x.detach().to(result_type(x)).mT.contiguous()
-    return double(torch.from_numpy(np.sort(x.numpy(), -1)) if x.device.type == "cpu" else x.sort(-1).values)
+    h # [..., N, D]
+):    # [..., D, N], a new tensor, each row ascending
+    x = h.detach().mT.to(result_type(h), copy=True, memory_format=torch.contiguous_format)
+    if x.device.type != "cpu": return x.sort(-1).values
+    x.numpy().sort(-1); return x
 
 # %% ../nbs/api/19_normality.ipynb #cb011638
 _outer = [-2.706056, 4.434685, -2.071190, -.147981, .221157, 0.]              # Royston's polynomials in 1/√n, highest power first
@@ -38,32 +39,34 @@ def _royston(n):
     a[k:n-k] = m[k:n-k]*math.sqrt((1 - 2*(a[-k:] @ a[-k:]))/(m[k:n-k] @ m[k:n-k]))
     return a
 
-def _shapiro(x): # sorted and standardised [..., D, N]
+def _shapiro(x): # sorted and centred [..., D, N]
     a = torch.as_tensor(_royston(x.shape[-1]), device=x.device)
     return 1 - (x @ a).square()/x.square().sum(-1)
 
 # %% ../nbs/api/19_normality.ipynb #b2c07cf9
-def _ks(z):
-    phi, n = torch.special.ndtr(z), z.shape[-1]; i = torch.arange(n, device=z.device, dtype=z.dtype)
+def _standardised(x): # centred [..., D, N]
+    return x*(math.sqrt(x.shape[-1] - 1)/x.square().sum(-1, keepdim=True).sqrt())
+
+def _ks(x):
+    phi, n = torch.special.ndtr(_standardised(x)), x.shape[-1]; i = torch.arange(n, device=x.device, dtype=x.dtype)
     return torch.maximum((i + 1)/n - phi, phi - i/n).amax(-1)
 
-def _anderson(z):
-    n = z.shape[-1]; odd = 2*torch.arange(n, device=z.device, dtype=z.dtype) + 1
+def _anderson(x):
+    z, n = _standardised(x), x.shape[-1]; odd = 2*torch.arange(n, device=z.device, dtype=z.dtype) + 1
     a2 = -n - (torch.special.log_ndtr(z) + torch.special.log_ndtr(-z.flip(-1))) @ odd/n
     return a2*(1 + .75/n + 2.25/n**2)/.752
 
-def _kurtosis(z):
-    n = z.shape[-1]; v = z.square()
-    return (v.square().sum(-1)*n/v.sum(-1).square() - 3).abs()
+def _kurtosis(x):
+    v = x.square()
+    return (v.square().sum(-1)*x.shape[-1]/v.sum(-1).square() - 3).abs()
 
 # %% ../nbs/api/19_normality.ipynb #95f24074
 _rulers = dict(shapiro=(_shapiro, 1.), ks=(_ks, 1.), anderson=(_anderson, 10.), kurtosis=(_kurtosis, 10.))
 
-def _standardised(x): # sorted [..., N]
-    "Mean 0 and standard deviation 1 for each row; NaN for a constant one"
-    x = x/torch.maximum(x[..., -1:].abs(), x[..., :1].abs())
-    z = x - x.mean(-1, keepdim=True)
-    return z*math.sqrt(z.shape[-1] - 1)/torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+def _centred(x): # sorted [..., D, N], a tensor of our own
+    "Each row over its largest entry, less its mean, in float64"
+    x = double(x).div_(torch.maximum(x[..., -1:].abs(), x[..., :1].abs()))
+    return x.sub_(x.mean(-1, keepdim=True))
 
 # %% ../nbs/api/19_normality.ipynb #94ddb58c
 def non_gaussianity_scores(
@@ -75,9 +78,8 @@ def non_gaussianity_scores(
     ruler, most = _rulers[one_of("normality", kind, _rulers)]
     N = checked(h, "non_gaussianity").shape[-2]; kept = torch.arange(min(N, rows), device=h.device)*N//min(N, rows)
     if len(kept) < 3: return answer(h[..., 0, :]*math.nan, h)
-    x = _sorted_units(h[..., kept, :] if len(kept) < N else h)
-    score = ruler(_standardised(x)).clamp(0, most)
-    return answer(torch.where(x[..., 0] == x[..., -1], most, score), h)
+    x = _sorted_units(h[..., kept, :] if len(kept) < N else h); constant = x[..., 0] == x[..., -1]
+    return answer(torch.where(constant, most, ruler(_centred(x)).clamp(0, most)), h)
 
 def non_gaussianity(
     h:torch.Tensor,           # Activations [..., N, D]
