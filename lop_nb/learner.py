@@ -243,6 +243,7 @@ def tally(
     task, logits, y, losses # [R, B, K], [R, B], [R, B]
 ):                          # {name: [R, B]}
     "What one example counts for, by name"
+    if task.classes is None: return dict(loss=losses)                  # a regression
     whole = {} if task.active is None else dict(accuracy_all=task.correct_all(logits, y))
     return dict(loss=losses, accuracy=task.correct(logits, y)) | whole
 
