@@ -15,7 +15,7 @@ from lop_nb.interventions import L2Init
 from lop_nb.learner import Learner
 from lop_nb.models import MLP
 from lop_nb.monitor import Monitor, OtherTasks
-from lop_nb.plots import Picture, interval, over_time, pick
+from lop_nb.plots import Picture, over_time
 from lop_nb.records import Records, read_records
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError

@@ -86,7 +86,7 @@ def test_A34_continual_training():
 
 
 def test_A36_what_happens_when():
-    "before a task: networks, then optimizer, then head, each only if asked for; then evaluation; then epochs of training, evaluation and measuring"
+    "before a task: a look at what is about to be reset; networks, then optimizer, then head, each only if asked for; then evaluation; then epochs of training, evaluation and measuring"
     events = []
     class Log(Callback):
         order = -10
@@ -97,7 +97,7 @@ def test_A36_what_happens_when():
     assert events == [("task", False, 0), "epoch", "epoch", ("task", True, 0), "epoch", "epoch"]
     rows = learner.records.query("task == 1")
     order = list(dict.fromkeys(zip(rows.epoch, rows.metric)))
-    assert [m for e, m in order if e == 0 and "accuracy_all" not in m] == ["val_loss", "val_accuracy", "dead_fraction"]
+    assert [m for e, m in order if e == 0 and "accuracy_all" not in m] == ["dead_fraction_before_reset", "val_loss", "val_accuracy", "dead_fraction"]
     at_end = [m for e, m in order if e == 2]
     assert at_end.index("train_loss") < at_end.index("val_loss") < at_end.index("dead_fraction")
     assert (learner.task.loss(torch.zeros(1, 3, 10), torch.full((1, 3), int(learner.task.classes[0].nonzero()[0]))) - torch.tensor(2.).log()).abs().max() < 1e-6
