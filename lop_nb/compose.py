@@ -34,7 +34,9 @@ aliases = {"use_wandb": "logging.wandb", "logging.use_wandb": "logging.wandb", "
            "training.epochs_per_task": "training.epochs", "training.early_stopping_steps": "training.early_stopping", "training.tasks": "stream.tasks",
            "training.classes_per_task": "stream.classes_per_task", "training.partitions": "stream.partitions", "task.tasks": "stream.tasks",
            "task.classes_per_task": "stream.classes_per_task", "task.partitions": "stream.partitions", "metrics.metrics_frequency": "metrics.epochs",
-           "metrics.corr_threshold": "metrics.duplicate_threshold", "metrics.monitor_filters": "metrics.layers", "general.seed": "training.seed",
+           "metrics.corr_threshold": "metrics.duplicate_threshold", "metrics.saturation_threshold": "metrics.gradient_ratio", "metrics.saturation_percentage": "metrics.saturated_threshold",
+           "metrics.gaussianity_method": "metrics.normality", "metrics.log_activation_histograms": "metrics.histograms",
+           "metrics.monitor_filters": "metrics.layers", "general.seed": "training.seed",
            "general.dataset": "dataset", "general.num_epochs": "training.epochs", "general.batch_size": "training.batch_size", "general.lr": "optimizer.lr",
            "general.optimizer": "optimizer", "lop_experiment.num_tasks": "stream.tasks", "lop_experiment.save_freq": "logging.snapshot_tasks"}
 
@@ -69,10 +71,6 @@ retired = {
     "general.id": "A run is known by its folder: hydra.run.dir=DIR.",
     "general.criterion": "Classification is trained with cross-entropy over the task's classes. Leave it out.",
     "lop_experiment.save_folder": "The folder is chosen with hydra.run.dir=DIR.",
-    "metrics.saturation_threshold": "Saturated units are not measured in this version. See metrics.names for what is.",
-    "metrics.saturation_percentage": "Saturated units are not measured in this version. See metrics.names for what is.",
-    "metrics.gaussianity_method": "Non-Gaussianity is not measured in this version. See metrics.names for what is.",
-    "metrics.log_activation_histograms": "Histograms are not recorded in this version. See metrics.names for what is.",
     "winning_tickets": "Studies of tickets are not in this version; +experiment=tickets/lop trains the networks that they start from.",
     "overlap_parameters_tickets": "Studies of tickets are not in this version; +experiment=tickets/lop trains the networks that they start from.",
     "test_random_masks": "Studies of tickets are not in this version; +experiment=tickets/lop trains the networks that they start from.",
@@ -153,7 +151,7 @@ ranges = dict(
     optimizer=dict(lr="[0, ∞)", betas="[0, 1)", eps="[0, ∞)", weight_decay="[0, ∞)", momentum="[0, 1)", dampening="[0, 1]", alpha="[0, 1)", noise_scale="[0, ∞)", noise_decay="[0, 1]"),
     training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "batch_size", "threads")}),
     metrics=dict(every="[1, ∞)", epochs="[1, ∞)", probe_size="[1, ∞)", dead_threshold="[0, 1]", duplicate_threshold="[0, 1]",
-                 dead_size="[0, ∞)", dormant_threshold="[0, 1]", flat_slope="[0, ∞)", saturated_threshold="[0, 1]", gradient_ratio="[0, ∞)", missing_mass="(0, 1)", normality_rows="[3, 5000]"),
+                 dead_size="[0, ∞)", dormant_threshold="[0, 1]", flat_slope="[0, ∞)", saturated_threshold="[0, 1]", gradient_ratio="[0, ∞)", missing_mass="(0, 1)", normality_rows="[3, 5000]", histogram_edges="(0, ∞)"),
     intervention={"l2_init.weight": "[0, ∞)", "continual_backprop.replacement_rate": "[0, 1]", "continual_backprop.decay": "[0, 1)", "continual_backprop.maturity_threshold": "[0, ∞)"},
     logging=dict(checkpoint_seconds="[0, ∞)", snapshot_tasks="[1, ∞)"))
 
@@ -161,7 +159,7 @@ choices = dict(
     dataset=dict(normalize=["standardize", "unit", "raw255"]), passage=dict(how=["none", "inputs", "labels", "sampling"]),
     optimizer=dict(implementation=["foreach", "fused"], noise_per=["entry", "tensor"]),
     training=dict(strategy=["loop", "vmap"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),
-    metrics=dict(probe_split=["train", "val", "test"], normality=["shapiro", "ks", "anderson", "kurtosis"]))
+    metrics=dict(probe_split=["train", "val", "test"], other_tasks=["none", "past", "all"], normality=["shapiro", "ks", "anderson", "kurtosis"]))
 
 # %% ../nbs/api/03_compose.ipynb #68de3c83
 def inside(

@@ -270,18 +270,21 @@ class TrainingConfig:
 @dataclass
 class MetricsConfig:
     "What is measured at the end of each task, and on what"
-    names: list[str] = field(default_factory=lambda: ["dead_fraction", "duplicate_fraction", "effective_rank", "stable_rank", "weight_norm"])
+    names: list[str] = field(default_factory=lambda: ["dead_fraction", "duplicate_fraction", "effective_rank", "stable_rank", "weight_norm"]) # of `metrics.known`; [all]: every one
     probe_split: str = "train"           # train, val, test
     probe_size: Optional[int] = 500      # examples, balanced over the classes; None: the whole split
     every: int = 1                       # tasks between two measurements
     epochs: Optional[int] = None         # also within a task, each so many epochs and at its start; None: at its end alone
     layers: list[str] = field(default_factory=lambda: ["default"]) # default, block_outputs, or parts of module names; []: every module
+    histograms: bool = False             # also how the units' means and standard deviations are distributed
+    histogram_edges: list[float] = field(default_factory=lambda: [.01, .03, .1, .3, 1., 3., 10.]) # sizes where their bins end
+    other_tasks: str = "none"            # accuracy on other tasks' test examples, after each task: none, past, all (tasks to come too)
     dead_threshold: float = .95          # dead: silent on at least this share of the probe
     dead_size: float = 1e-7              # silent: not above this in size
     dormant_threshold: float = .1        # dormant: mean size not above this share of the layer's (ReDo's τ)
     flat_slope: float = 1e-3             # flat: |f′| below this ...
     saturated_threshold: float = .95     # ... and saturated: flat on at least this share of the probe
-    gradient_ratio: float = 1e-4         # a unit's gradient is negligible below this share of its loss's, see `activity.negligible_gradient_fraction`
+    gradient_ratio: float = 1e-4         # a unit's gradient is negligible below this share of its loss's, see `activity.saturated_gradient_fraction`
     duplicate_threshold: float = .95     # duplicate: a partner correlated above this
     missing_mass: float = .01            # srank: share of the singular values' sum that may be left out (δ)
     normality: str = "shapiro"           # shapiro, ks, anderson, kurtosis
@@ -339,7 +342,7 @@ def options()->dict:
         passage={how: PassageConfig(how=how) for how in ("none", "inputs", "labels", "sampling")},
         optimizer=dict(adam=Adam(), adamw=AdamW(), sgd=SGD(), rmsprop=RMSprop(), noisysgd=NoisySGD(), digits_adam=Adam(lr=1e-2)),
         training=dict(digits=TrainingConfig(), continual=published(), standard=published()),
-        metrics=dict(default=MetricsConfig(), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
+        metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
         intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(),
                           **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init")}))
 

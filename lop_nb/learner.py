@@ -28,6 +28,7 @@ class Callback:
     "Something that happens at moments of a fit; override what you need"
     reads, resets_units, order = (), False, 0
     def before_fit(self, learner): "The fit begins, or goes on"
+    def before_reset(self, learner): "A task after the first begins, and nothing has been reset for it yet"
     def before_task(self, learner): "A task begins"
     def before_epoch(self, learner): "An epoch begins"
     def after_backward(self, learner): "The gradients are there, the step is not"
@@ -162,7 +163,7 @@ def _epoch(self:Learner):
 @patch
 def _task(self:Learner):
     if self.at.epoch == self.at.batch == 0:
-        if self.at.task: self._renew()
+        if self.at.task: self.call("before_reset"); self._renew()
         self.call("before_task")
     while self.at.epoch < self.epochs and any(self.live): self._epoch()
     self.at.done, self.live = True, [True]*len(self.replicas)
@@ -220,10 +221,19 @@ def log(self:Learner,
     split="", layer=""
 ):
     "Record one value for each replica"
-    at = self.at; self.latest[split, layer, metric] = values = values.tolist()
-    live = [r for r, on in enumerate(self.live) if on]
-    self.store.add(run=self.run, replica=live, seed=[self.replicas.seeds[r] for r in live], task=at.task, epoch=at.epoch, step=at.step,
-                   examples=at.examples, split=split, layer=layer, metric=metric, value=[values[r] for r in live])
+    self.log_all({(split, layer, metric): values})
+
+@patch
+def log_all(self:Learner,
+    named # {(split, layer, metric): [R]}
+):
+    "Record many values for each replica, read back from the device at once"
+    if not named: return
+    at, live = self.at, [r for r, on in enumerate(self.live) if on]
+    new = dict(zip(named, torch.stack([*named.values()]).tolist())); self.latest |= new
+    split, layer, metric = ([k[i] for k in new for _ in live] for i in range(3))
+    self.store.add(run=self.run, replica=live * len(new), seed=[self.replicas.seeds[r] for r in live] * len(new), task=at.task, epoch=at.epoch, step=at.step,
+                   examples=at.examples, split=split, layer=layer, metric=metric, value=[v[r] for v in new.values() for r in live])
 
 @patch(as_prop=True)
 def records(self:Learner): return self.store.frame()
@@ -233,6 +243,7 @@ def tally(
     task, logits, y, losses # [R, B, K], [R, B], [R, B]
 ):                          # {name: [R, B]}
     "What one example counts for, by name"
+    if task.classes is None: return dict(loss=losses)                  # a regression
     whole = {} if task.active is None else dict(accuracy_all=task.correct_all(logits, y))
     return dict(loss=losses, accuracy=task.correct(logits, y)) | whole
 

@@ -1,237 +1,161 @@
-"""The unit metrics against closed forms, against NumPy's SVD, and for properties that hold for any activations."""
+"""Many measures in one pass: each the plain function's value, whatever is asked beside it."""
 import math
+from dataclasses import fields
 
 import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 
-from lop_nb.metrics import dead_fraction, duplicate_fraction, effective_rank, similarity, spectrum, stable_rank, unit_rows, weight_norm
+from lop_nb import activity, copies, metrics, normality, ranks
+from lop_nb.config import MetricsConfig
+from lop_nb.metrics import activation_statistics, known, measure, measure_layers, similarity
 from lop_nb.runtime import LopError
 
-PURE = [dead_fraction, duplicate_fraction, lambda h: duplicate_fraction(h, kind="cosine", absolute=True), effective_rank, stable_rank,
-        lambda h: effective_rank(h, centred=True), lambda h: stable_rank(h, centred=True)]
-RANKS = [effective_rank, stable_rank]
-EPS = {torch.float32: 1e-5, torch.float64: 1e-12}     # relative, written before the run
-dtypes = pytest.mark.parametrize("dtype", EPS)
-
+def normal(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 def close(a, b, eps): np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=eps, atol=eps)
 
-def from_spectrum(s, n, d, seed):
-    "A random matrix [n, d] with these singular values"
-    g = torch.Generator().manual_seed(seed); s = torch.as_tensor(s, dtype=torch.float64)
-    u, v = (torch.linalg.qr(torch.randn(k, len(s), generator=g, dtype=torch.float64))[0] for k in (n, d))
-    return u * s @ v.T
+def layer(*shape, seed=0, dtype=torch.float32):
+    "Activations of rank about 10 with noise, some units dead, constant or double; gradients, slopes and weights"
+    *front, n, d = shape; z = normal(*front, n, 10, seed=seed, dtype=dtype) @ normal(*front, 10, d, seed=seed + 1, dtype=dtype) + .1*normal(*shape, seed=seed + 2, dtype=dtype)
+    if d > 5: z[..., 0] = -1; z[..., 1] = .1; z[..., 5] = z[..., 4]
+    w = normal(*front, d, 7, seed=seed + 3, dtype=dtype)
+    return dict(h=z.relu(), grads=normal(*shape, seed=seed + 4, dtype=dtype)*(z > 0), slope=(-z).exp()*(z > 0), weights=w, before=w + .1, initial=.5*w)
 
-def reference(h, centred=False):
-    "Effective and stable rank, from NumPy's SVD in float64"
-    h = np.asarray(h, dtype=np.float64)
-    s = np.linalg.svd(h - h.mean(0) if centred else h, compute_uv=False)
-    p = s[s > 0] / s.sum()
-    return np.exp(-(p * np.log(p)).sum()), (s**2).sum() / s[0]**2
+def plain(name, s, h, grads, slope, weights, before, initial):
+    "Each measure by its own function"
+    return dict(
+        dead_fraction=lambda: activity.dead_fraction(h, s.dead_threshold, s.dead_size), dormant_fraction=lambda: activity.dormant_fraction(h, s.dormant_threshold),
+        saturated_fraction=lambda: activity.saturated_fraction(slope, s.flat_slope, s.saturated_threshold), frozen_fraction=lambda: activity.frozen_fraction(slope),
+        saturated_gradient_fraction=lambda: activity.saturated_gradient_fraction(h, grads, s.gradient_ratio, s.saturated_threshold), zero_gradient_fraction=lambda: activity.zero_gradient_fraction(grads),
+        duplicate_fraction=lambda: copies.duplicate_fraction(h, s.duplicate_threshold), duplicate_groups=lambda: copies.duplicate_fraction(h, s.duplicate_threshold, how="groups"),
+        effective_rank=lambda: ranks.effective_rank(h), effective_rank_centred=lambda: ranks.effective_rank(h, True), effective_rank_covariance=lambda: ranks.effective_rank(h, True, squared=True),
+        stable_rank=lambda: ranks.stable_rank(h), stable_rank_centred=lambda: ranks.stable_rank(h, True), srank=lambda: ranks.srank(h, s.missing_mass), energy_rank=lambda: ranks.energy_rank(h, s.missing_mass),
+        participation_ratio=lambda: ranks.participation_ratio(h), numerical_rank=lambda: ranks.numerical_rank(h), rankme=lambda: ranks.rankme(h),
+        non_gaussianity=lambda: normality.non_gaussianity(h, s.normality, s.normality_rows), weight_norm=lambda: activity.weight_norm(weights),
+        update_norm=lambda: activity.distance(weights, before), distance_from_init=lambda: activity.distance(weights, initial))[name]()
+
+NAMES = [n for n in known if not n.endswith(("means", "stds"))]
+OTHER = MetricsConfig(dead_threshold=.4, dead_size=.3, dormant_threshold=.9, flat_slope=.5, saturated_threshold=.4, gradient_ratio=.7, duplicate_threshold=.6, missing_mass=.2, normality="ks", normality_rows=20)
+SHAPES = [(3, 60, 20), (2, 30, 45), (40, 40), (1, 8), (8, 1)]
 
 
-# ---- closed forms ----
-@dtypes
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("d", [1, 2, 7, 64])
-def test_identity(rank, d, dtype):
-    h = torch.eye(d, dtype=dtype)
-    close(rank(h), d, EPS[dtype])
-    close(rank(h.repeat(3, 2)), d, EPS[dtype])               # block copies, of samples and of units
-    close(rank(torch.cat([h, torch.zeros_like(h)], 1)), d, EPS[dtype])
-    if d > 1: close(rank(h, centred=True), d - 1, EPS[dtype])  # I - 11ᵀ/d has d-1 equal singular values
+def test_the_names():
+    assert set(known) == {"dead_fraction", "dormant_fraction", "saturated_fraction", "frozen_fraction", "saturated_gradient_fraction", "zero_gradient_fraction", "duplicate_fraction", "duplicate_groups",
+        "effective_rank", "effective_rank_centred", "effective_rank_covariance", "stable_rank", "stable_rank_centred", "srank", "energy_rank", "participation_ratio", "numerical_rank", "rankme", "non_gaussianity",
+        "mean_of_means", "std_of_means", "mean_of_stds", "std_of_stds", "weight_norm", "update_norm", "distance_from_init"}
+    assert set(MetricsConfig().names) <= set(known)
 
-@dtypes
-@pytest.mark.parametrize("rank", RANKS)
-def test_rank_one_and_zero(rank, dtype):
-    g = torch.Generator().manual_seed(0)
-    u, v = torch.randn(50, 1, generator=g, dtype=dtype), torch.randn(1, 30, generator=g, dtype=dtype)
-    for scale in (1e-15, 1, 1e15): close(rank(u @ v * scale), 1, EPS[dtype])
-    assert rank(torch.zeros(50, 30, dtype=dtype)) == 0
-    assert rank(torch.full((50, 30), .1, dtype=dtype), centred=True) == 0
-    close(rank(torch.full((50, 30), .1, dtype=dtype)), 1, EPS[dtype])
+@pytest.mark.parametrize("dtype, eps", [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("config", [MetricsConfig(), OTHER], ids=["default", "other"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_is_the_plain_functions_value(shape, config, dtype, eps):
+    given = layer(*shape, dtype=dtype); h = given["h"]; t = config.duplicate_threshold
+    assert not ((similarity(h) - t).abs() < 1e-5).any()                          # no pair on the threshold, where float32 may round either way
+    found = measure(names=known, settings=config, **given)
+    assert list(found) == list(known)
+    for n in NAMES: close(found[n], plain(n, config, **given), eps)
+    for n, v in activation_statistics(h).items(): assert torch.equal(found[n], v)
+    assert all(v.shape == shape[:-2] and v.dtype == dtype for v in found.values())
 
-@dtypes
-def test_known_spectrum(dtype):
-    h = torch.diag(torch.tensor([4., 2., 1., 1.], dtype=dtype))      # p = 1/2, 1/4, 1/8, 1/8: entropy 7/4 bits
-    close(effective_rank(h), 2**1.75, EPS[dtype])
-    close(stable_rank(h), (16 + 4 + 1 + 1) / 16, EPS[dtype])
-    close(spectrum(h), [4, 2, 1, 1], 1e-12)
+def test_each_threshold_has_a_say():
+    "Another value of any threshold changes some measure"
+    given = layer(60, 20); a = measure(names=known, **given)
+    for f in fields(MetricsConfig):
+        if f.name not in ("names", "every", "epochs", "layers") and getattr(OTHER, f.name) != getattr(MetricsConfig(), f.name):
+            b = measure(names=known, settings=MetricsConfig(**{f.name: getattr(OTHER, f.name)}), **given)
+            changed = {n for n in known if not torch.equal(a[n], b[n])}
+            assert 1 <= len(changed) <= 2, (f.name, changed)
 
-@dtypes
-def test_dead(dtype):
-    h = torch.ones(20, 5, dtype=dtype)
-    for j, n in enumerate((0, 1, 18, 19, 20)): h[:n, j] = 0
-    assert [round(5 * dead_fraction(h, threshold=t).item()) for t in (.05, .9, .95, .96, 1.)] == [4, 3, 2, 1, 1]
-    h[h == 0] = -1e-7
-    close(dead_fraction(h), .4, EPS[dtype]); assert dead_fraction(h, eps=1e-8) == 0 and dead_fraction(-h, eps=0) == 0
+shapes = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**20))
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.lists(st.sampled_from(list(known)), unique=True))
+def test_what_is_asked_beside_it_is_nothing(shape, names):
+    "Any selection in any order: bit for bit what the whole gives"
+    n, d, seed = shape; given = layer(n, d, seed=seed); whole = measure(names=known, **given)
+    for n, v in measure(names=names, **given).items(): assert torch.equal(v, whole[n]) or v.isnan() and whole[n].isnan()
 
-def test_dead_share_is_a_count():
-    "k of n samples reach the threshold k/n, whatever k/n rounds to"
-    for n in (3, 7, 10, 49, 100, 360):
-        for k in range(1, n + 1):
-            h = torch.ones(n, 1); h[:k] = 0
-            assert dead_fraction(h, threshold=k / n) == 1
-            h[k - 1] = 1
-            assert dead_fraction(h, threshold=k / n) == 0
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.floats(-1e6, 1e6))
+def test_large_means(shape, mean):
+    "Units with a common mean, large and small: duplicates and centred ranks are the plain functions'"
+    n, d, seed = shape; h = normal(n, d, seed=seed, dtype=torch.float64) + mean; assume(not ((similarity(h) - .95).abs() < 1e-6).any())
+    found = measure(h, ["duplicate_fraction", "participation_ratio", "effective_rank_centred", "effective_rank", "stable_rank"])
+    assert found["duplicate_fraction"] == copies.duplicate_fraction(h)
+    close(found["participation_ratio"], ranks.participation_ratio(h), 1e-9); close(found["stable_rank"], ranks.stable_rank(h), 1e-9)
+    s = ranks.spectrum(h, True); assume((s > 1e-5*s[..., :1]).all() or d == 1 or n <= d)
+    close(found["effective_rank_centred"], ranks.effective_rank(h, True), 1e-6)
 
-@dtypes
-def test_duplicates(dtype):
-    g = torch.Generator().manual_seed(0)
-    a, b, c = torch.randn(3, 200, 1, generator=g, dtype=dtype)
-    cat = lambda *cols: torch.cat(cols, 1)
-    for h, pearson, cosine, both in [
-        (a.expand(200, 10), 1, 1, 1), (cat(a, b, c), 0, 0, 0), (cat(a, 3 * a, b, c), .5, .5, .5), (cat(a, -a, b, c), 0, 0, .5),
-        (cat(a, a + 1, b, c), .5, 0, .5),                                       # shifted: correlated, not parallel
-        (cat(a + 100, b + 100), 0, 1, 0),                                       # a common mean: parallel, not correlated
-        (torch.full((200, 4), .1, dtype=dtype), 0, 1, 0), (torch.zeros(200, 4, dtype=dtype), 0, 0, 0),
-        (cat(a, a, torch.zeros_like(a), torch.full_like(a, .1)), .5, .5, .5), (a, 0, 0, 0)]:
-        close(duplicate_fraction(h), pearson, EPS[dtype])
-        close(duplicate_fraction(h, kind="cosine"), cosine, EPS[dtype])
-        close(duplicate_fraction(h, absolute=True), both, EPS[dtype])
+def test_replicas_are_a_loop():
+    given = layer(3, 2, 30, 12); found = measure(names=known, **given)
+    for i in range(3):
+        for j in range(2):
+            for n, v in measure(names=known, **{k: v[i, j] for k, v in given.items()}).items(): close(found[n][i, j], v, 1e-5)
 
-def test_similarity_is_numpys():
-    h = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    close(similarity(h), np.corrcoef(h.T), 1e-13)
-    n = h / h.norm(dim=0); close(similarity(h, "cosine"), n.T @ n, 1e-13)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", [(3, 12, 9), (3, 9, 12)])
+def test_not_finite(poison, shape):
+    "One value spoils its own replica and no other, and only the measures that see it"
+    given = layer(*shape); clean = measure(names=known, **given)
+    for part in ("h", "grads", "slope", "weights"):
+        bad = dict(given, **{part: given[part].clone()}); bad[part][1, 4, 2] = poison
+        for n, v in measure(names=known, **bad).items():
+            spoiled = part in known[n] and not (part == "weights" and not math.isnan(poison))  # an infinite weight has a norm
+            assert v[1].isnan() == spoiled or part == "weights", (n, part); assert torch.equal(v[[0, 2]], clean[n][[0, 2]])
 
-def test_weight_norm():
-    w = torch.randn(3, 8, 4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    close(weight_norm(w, dims=4), [np.linalg.norm(v.flatten()) for v in w], 1e-13)
-    close(weight_norm(w.flatten(2), dims=2), weight_norm(w, dims=4), 1e-13)
-    assert weight_norm(w, dims=5).shape == () and weight_norm(torch.ones(3, 4), dims=1).tolist() == [2, 2, 2]
-    assert weight_norm(torch.full((300, 300), 1., dtype=torch.float16)) == 300        # not overflowed
-    for dims in (0, 6):
-        with pytest.raises(LopError, match="dims is 1 to 5"): weight_norm(w, dims=dims)
 
-def test_unit_rows():
-    h = torch.randn(2, 3, 4, 5, 6)
-    rows = unit_rows(h)
-    for b in range(3):
-        for i in range(5):
-            for j in range(6): assert torch.equal(rows[:, (b * 5 + i) * 6 + j], h[:, b, :, i, j])
-    assert torch.equal(unit_rows(h[0], leading=0), rows[0])
-    assert torch.equal(unit_rows(h[:, :, 0], axis=2), h[:, :, 0].reshape(2, 15, 6))
-    assert torch.equal(unit_rows(h[:, :, :, 0, 0]), h[:, :, :, 0, 0])
+# ---- layers ----
+def test_layers():
+    "Of one shape or not, with and without weights: each layer what it is alone"
+    layers = dict(a=layer(2, 30, 12), b=layer(2, 30, 12, seed=10), c=layer(2, 30, 8, seed=20), d=layer(2, 30, 12, seed=30))
+    layers["b"]["weights"] = normal(2, 12, 3); layers["b"]["before"] = layers["b"]["initial"] = torch.zeros(2, 12, 3)
+    parts = {k: {n: own[k] for n, own in layers.items()} for k in ("h", "grads", "slope", "weights", "before", "initial")}
+    del parts["weights"]["d"], parts["slope"]["c"], parts["before"]["a"]
+    found = measure_layers(parts.pop("h"), known, **parts)
+    lacks = dict(a={"update_norm"}, b=set(), c={"frozen_fraction", "saturated_fraction"}, d={"weight_norm", "update_norm", "distance_from_init"})
+    for n, own in layers.items():
+        assert list(found[n]) == [k for k in known if k not in lacks[n]]
+        alone = measure(names=known, **own)
+        for k, v in found[n].items(): close(v, alone[k], 1e-6)
+
+def test_layers_make_few_calls(monkeypatch):
+    "Sixteen layers of one shape are one eigenvalue problem"
+    calls = []; inner = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda g: calls.append(g.shape) or inner(g))
+    measure_layers({i: normal(3, 20, 10, seed=i) for i in range(16)}, ["effective_rank", "stable_rank", "srank", "duplicate_fraction", "participation_ratio"])
+    assert calls == [(16, 3, 10, 10)]
+
+def test_nothing_but_weights():
+    w = normal(2, 5, 4)
+    assert torch.equal(measure(None, ["weight_norm"], weights=w)["weight_norm"], activity.weight_norm(w))
+    assert torch.equal(measure(None, "weight_norm", weights=w)["weight_norm"], activity.weight_norm(w))
 
 
 # ---- bad input ----
-@pytest.mark.parametrize("f", PURE)
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@dtypes
-def test_not_finite(f, poison, dtype):
-    "One value spoils its own replica, layer, … and no other, and nothing raises"
-    h = torch.randn(2, 3, 12, 9, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    clean = f(h); h[1, 0, 4, 2] = poison
-    out = f(h)
-    assert out[1, 0].isnan() and out.isnan().sum() == 1
-    assert torch.equal(torch.cat([out.flatten()[:3], out.flatten()[4:]]), torch.cat([clean.flatten()[:3], clean.flatten()[4:]]))
-    assert f(torch.full((5, 4), poison, dtype=dtype)).isnan()
+def test_refused():
+    h = normal(5, 4)
+    for f, at in ((measure, h), (measure_layers, dict(a=h))):
+        with pytest.raises(LopError, match="Unknown measure 'dead_fractoin'. Did you mean 'dead_fraction'?"): f(at, ["srank", "dead_fractoin"])
+        with pytest.raises(LopError, match="saturated_gradient_fraction needs the gradients of the summed loss .* pass them as `grads`"): f(at, ["saturated_gradient_fraction"])
+        with pytest.raises(LopError, match="distance_from_init needs the weights at init"): f(at, ["distance_from_init"], weights=at)
+    for f, at in ((measure, None), (measure_layers, None)):
+        with pytest.raises(LopError, match="srank needs the activations"): f(at, ["srank"])
 
-@pytest.mark.parametrize("f", [*PURE, spectrum, similarity])
+@pytest.mark.parametrize("name", [n for n in known if "h" in known[n]])
 @pytest.mark.parametrize("shape", [(), (5,), (0, 5), (5, 0), (2, 0, 3)])
-def test_nothing_to_measure(f, shape):
-    with pytest.raises(LopError, match="at least one of each") as e: f(torch.zeros(shape))
-    assert "\n" not in str(e.value)
+def test_nothing_to_measure(name, shape):
+    empty = torch.zeros(shape)
+    with pytest.raises(LopError, match=f"^{name} needs .* at least one of each"): measure(empty, [name], empty)
 
-@pytest.mark.parametrize("f", PURE)
-def test_types(f):
-    h = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32): 
-        assert f(h.to(dtype)).dtype == torch.float32
-        close(f(h.to(dtype)), f(h.to(dtype).double()), 1e-6)
-    assert f(h.double()).dtype == torch.float64
-    assert not f(h.requires_grad_()).isnan()
-
-@pytest.mark.parametrize("f", PURE)
-def test_input_is_left_alone(f):
-    h = torch.randn(12, 9); before = h.clone(); f(h); assert torch.equal(h, before)
-
-@pytest.mark.parametrize("f", PURE)
-def test_reads_nothing_back(f):
+def test_reads_nothing_back():
     "Meta tensors have no values: a branch on one, or an .item(), would raise"
-    assert f(torch.empty(3, 20, 8, device="meta")).shape == (3,)
+    given = {k: v.to("meta") for k, v in layer(3, 20, 8).items()}
+    assert all(v.shape == (3,) for v in measure(names=known, **given).values())
 
+def test_input_is_left_alone():
+    for dtype in (torch.float32, torch.float64):
+        given = layer(3, 20, 8, dtype=dtype); before = {k: v.clone() for k, v in given.items()}
+        measure(names=known, **given); assert all(torch.equal(before[k], v) for k, v in given.items())
 
-# ---- properties ----
-shapes = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**31))
-def draw(shape, relu=True):
-    n, d, seed = shape
-    h = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return h.relu() if relu else h
-def undecided(h, kind="pearson", t=.95): return bool(((similarity(h, kind) - t).abs() < 1e-9).any())
-
-@settings(max_examples=60, deadline=None)
-@given(shapes, st.integers(0, 2**31))
-def test_order_of_units_and_samples_is_nothing(shape, seed):
-    h = draw(shape); g = torch.Generator().manual_seed(seed); assume(not undecided(h))
-    moved = h[torch.randperm(h.shape[0], generator=g)][:, torch.randperm(h.shape[1], generator=g)]
-    for f in PURE: close(f(moved), f(h), 1e-9)
-
-@settings(max_examples=60, deadline=None)
-@given(shapes, st.floats(-300, 300))
-def test_scale_is_nothing(shape, power):
-    h = draw(shape); assume(not undecided(h)); assume(not undecided(h, "cosine"))
-    scaled = h * 10.**(power / 2 if power < 0 else power)     # down to 1e-150, up to 1e300
-    for f in PURE[1:]: close(f(scaled), f(h), 1e-9)
-    close(dead_fraction(scaled, eps=0), dead_fraction(h, eps=0), 0)
-
-@settings(max_examples=40, deadline=None)
-@given(shapes, st.integers(1, 3), st.integers(1, 3))
-def test_leading_axes_are_a_loop(shape, a, b):
-    n, d, seed = shape; h = draw((a * b * n, d, seed)).view(a, b, n, d)
-    assume(not undecided(h))
-    for f in PURE: close(f(h), [[f(h[i, j]) for j in range(b)] for i in range(a)], 1e-9)
-
-@settings(max_examples=100, deadline=None)
-@given(shapes, st.booleans(), st.booleans())
-def test_numpy_svd(shape, relu, centred):
-    "To 1e-10, for random matrices of any shape (those whose small singular values are above the Gram matrix's rounding, or zero)"
-    h = draw(shape, relu); assume(h.std(0, correction=0).min() > 0 if centred else h.any())
-    s = np.linalg.svd(h - h.mean(0) if centred else h, compute_uv=False)
-    assume(s[0] > 1e-3 and not ((s > 1e-13 * s[0]) & (s < 1e-4 * s[0])).any())
-    close([effective_rank(h, centred), stable_rank(h, centred)], reference(h, centred), 1e-10)
-
-@pytest.mark.parametrize("n,d,r", [(40, 40, 40), (200, 30, 30), (30, 200, 30), (60, 50, 7), (512, 512, 512)])
-def test_numpy_svd_of_built_matrices(n, d, r):
-    h = from_spectrum(np.linspace(1, .01, r), n, d, seed=r)
-    close([effective_rank(h), stable_rank(h)], reference(h), 1e-10)
-    assert spectrum(h).shape == (min(n, d),) and spectrum(h[None]).shape == (1, min(n, d))
-    assert (spectrum(h) > 0).sum() == r                       # rounding is cut, nothing else
-
-def test_what_the_cut_costs():
-    "Singular values from 1 down to 1e-12: those below 1e-7 are lost, and with them less than 1e-4 of the rank"
-    h = from_spectrum(10.**-np.arange(0, 12.5, .5), 64, 64, seed=0)
-    kept = int((spectrum(h) > 0).sum())
-    assert 14 <= kept <= 16
-    close([effective_rank(h), stable_rank(h)], reference(h), 1e-4)
-
-@settings(max_examples=100, deadline=None)
-@given(shapes, st.booleans(), st.floats(0, 4))
-def test_the_chain(shape, relu, power):
-    "1 ≤ stable ≤ participation ratio ≤ effective ≤ rank ≤ min(N, D), also for very uneven spectra"
-    h = draw(shape, relu); assume(h.any())
-    h = h * torch.linspace(1, .1, h.shape[1], dtype=h.dtype)**power
-    s = spectrum(h); q = s.square() / s.square().sum()
-    chain = [1, stable_rank(h), 1 / q.square().sum(), effective_rank(h), (s > 0).sum(), min(h.shape)]
-    for a, b in zip(chain, chain[1:]): assert a <= b * (1 + 1e-12)
-
-@settings(max_examples=60, deadline=None)
-@given(shapes, st.floats(-100, 100))
-def test_correlation_has_no_mean(shape, shift):
-    h = draw(shape); assume(not undecided(h))
-    close(duplicate_fraction(h + shift), duplicate_fraction(h), 1e-12)
-    close(effective_rank(h + shift, centred=True), effective_rank(h, centred=True), 1e-6)
-
-@settings(max_examples=60, deadline=None)
-@given(shapes)
-def test_bounds_and_monotony(shape):
-    h = draw(shape)
-    for f in PURE[:3]: assert 0 <= f(h) <= 1
-    for low, high in ((.5, .9), (.9, 1.)):
-        assert dead_fraction(h, threshold=low) >= dead_fraction(h, threshold=high)
-        assert duplicate_fraction(h, threshold=low) >= duplicate_fraction(h, threshold=high)
-    assert duplicate_fraction(h, absolute=True) >= duplicate_fraction(h)
-    twice = torch.cat([h, h], 1)
-    close(dead_fraction(twice), dead_fraction(h), 1e-12)
-    close(duplicate_fraction(twice), (h.amax(0) > h.amin(0)).double().mean(), 1e-12)   # all but the constant ones
-    for rank in RANKS: close(rank(twice), rank(h), 1e-9)
+def test_all_measures_are_here():
+    "the facade has whatever the notebooks of the measures export"
+    for module in (activity, copies, ranks, normality):
+        for name in module.__all__: assert name in ("often", "largest") or getattr(metrics, name) is getattr(module, name)
