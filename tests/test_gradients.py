@@ -14,6 +14,7 @@ from lop_nb.ranks import effective_rank, stable_rank
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError, generator
 from lop_nb.streams import ClassSplit, PermutedPixels
+from lop_nb.units import gather, scatter
 
 DIGITS = load("digits")
 mlp = partial(MLP, 64, 10, hidden_sizes=[8, 6], normalization="batch", dropout_p=.3)
@@ -265,3 +266,36 @@ def test_squares_by_the_short_way_and_the_long(net, inputs, short):
     slow = torch.autograd.grad((nets.modules[1].eval()(x[1, 2:3])[0] * d[1, 2, 0]).sum(), list(nets.modules[1].parameters()))
     assert abs(sum(g.square().sum() for g in slow) - long[1, 2, 0]) < 1e-12
     assert not any(m._forward_hooks for m in module.modules())
+
+
+# ---- properties of the measures ----
+@given(seeds)
+@settings(max_examples=5, deadline=None)
+def test_no_measure_knows_the_order_of_units(seed):
+    "hidden units in another order, with all that belongs to them: the same moments, redundancy and share of zeros"
+    nets = Replicas(partial(MLP, 64, 10, hidden_sizes=[8, 6], normalization="none", dropout_p=0.), [0, 1], dtype=torch.float64)
+    x, y = (t[:, :20] for t in everything()); task = PermutedPixels(DIGITS, tasks=1, seeds=[0, 1])[0]
+    def measure():
+        g = mean_gradient(nets, x, y, task.loss)
+        return [*moments(nets, x, y, task.loss).values(), local_redundancy(nets, x), zero_gradient_share(g), gradient_norm(g), effective_rank(example_gradients(nets, x, y, task.loss))]
+    was, gen = measure(), torch.Generator().manual_seed(seed)
+    for group in nets.graph:
+        order = torch.stack([torch.randperm(group.size, generator=gen) for _ in range(2)]); straight = torch.arange(group.size).expand(2, -1)
+        slices = group.reads + group.writes
+        scatter(nets.params, slices, straight, [v.detach().clone() for v in gather(nets.params, slices, order)])
+    for a, b in zip(was, measure()): assert torch.allclose(a, b, rtol=1e-9)
+
+
+def everything():
+    x, y = PermutedPixels(DIGITS, tasks=1, seeds=[0, 1])[0].train.fetch(torch.arange(500).expand(2, -1))
+    return x.double(), y
+
+
+def test_repeated_rows_change_nothing_and_other_rows_little():
+    "local redundancy and the gradient's norm: 500 rows, the same ten times over, and others of the same task within five standard errors"
+    nets, (x, y) = Replicas(mlp, [0, 1], dtype=torch.float64), everything()
+    one = local_redundancy(nets, x); assert torch.allclose(local_redundancy(nets, x.repeat(1, 10, 1, 1, 1)), one, rtol=1e-10)
+    task = PermutedPixels(DIGITS, tasks=1, seeds=[0, 1])[0]; others = task.train.fetch(torch.arange(500, 1293).expand(2, -1))[0].double()
+    each = torch.stack([local_redundancy(nets, others[:, i:i + 1]) for i in range(0, 793, 4)]); error = each.std(0) * (1/500 + 1/len(each))**.5
+    assert ((each.mean(0) - one).abs() < 5*error).all()
+    a, b = (mean_gradient(nets, x.repeat(1, k, 1, 1, 1), y.repeat(1, k), task.loss) for k in (1, 10)); assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
