@@ -189,7 +189,8 @@ directions = dict(
     non_gaussianity=-1, weight_norm=-1, distance_from_init=-1,                                                                       # far from how networks begin
     gradient_norm=1, strength=1, reliability=1, readiness=1, local_redundancy=1,                                                     # a slope to go down
     top_eigenvalue=-1, hessian_trace=-1, curved_share=1,                                                                             # sharp is bad; flat in most directions is bad
-    mean_of_means=0, std_of_means=0, mean_of_stds=0, std_of_stds=0, loss=0)
+    mean_of_means=0, std_of_means=0, mean_of_stds=0, std_of_stds=0, loss=0,
+    tasks_learnt=-1)                                                                                                                 # a clock
 
 # %% ../nbs/api/31_ranking.ipynb #b7433546
 def held_out(
@@ -258,8 +259,9 @@ def over_tasks(
 # %% ../nbs/api/31_ranking.ipynb #23d8bec7
 def _grids(frame):
     "A function (rollout, metric) -> [streams, checkpoints]"
-    wide = frame.set_index(["rollout", "metric", "seed", "after"]).value.unstack()
+    wide = frame.set_index(["rollout", "metric", "seed", "after"]).value.unstack(); streams = frame.seed.nunique()
     def grid(rollout, metric):
+        if metric == "tasks_learnt": return torch.tensor(wide.columns.to_numpy()).expand(streams, -1)
         if (rollout, metric) in wide.index: return torch.tensor(wide.loc[rollout, metric].to_numpy())
         raise LopError(f"There is no {metric} of rollout '{rollout}' in this table. It has: {', '.join(sorted({'/'.join(k).strip('/') for k in wide.index.droplevel('seed')}))}.")
     return grid
@@ -277,7 +279,7 @@ def rank_measures(
     frame = over_tasks(frame) if "task" in frame else frame
     grid = _grids(frame[frame.after >= from_]); goal = grid(rollout, target) * (-1 if target.startswith("end") else 1)
     error = grid(rollout, f"{target}_error"); unsure, rows = undecided(goal, error).mean().item(), {}
-    for m in (m for m in directions if m in set(frame.metric)):
+    for m in (m for m in directions if m in {"tasks_learnt", *frame.metric}):
         a = bootstrap(ranking_accuracy(grid("", m), goal, directions[m] >= 0, error if decided else None).numpy())
         rows[m] = dict(direction=directions[m], accuracy=a.estimate, low=a.low, high=a.high, free=max(a.estimate, 1 - a.estimate), undecided=unsure)
     return pd.DataFrame(rows).T

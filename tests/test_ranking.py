@@ -82,7 +82,7 @@ def one_example(seeds):
 
 
 def test_where_dead_units_are_all_that_matters_they_rank_perfectly():
-    """f = 0 at first, loss y²; each living unit and the bias add 2η to what one step on the only example moves the output by: gain 1 − (1 − 2η(living + 1))²"""
+    """the clock shows the number of dead units, too. f = 0 at first, loss y²; each living unit and the bias add 2η to what one step on the only example moves the output by: gain 1 − (1 − 2η(living + 1))²"""
     nets = Replicas(partial(MLP, 2, 1, hidden_sizes=[4], **plain), (0, 1)); kept = {d: half_dead(d) for d in (3, 0, 2, 4, 1)}
     frame = score(nets, kept, one_example, partial(all_values, few=1), dict(published=dict(ks=(1, 3), lr=.01, rollouts=2)), at_once=2)
     gain = frame[(frame.metric == "gain_1") & (frame.seed == 0)].set_index("after").value
@@ -90,11 +90,11 @@ def test_where_dead_units_are_all_that_matters_they_rank_perfectly():
     assert (frame[frame.metric == "gain_1_error"].value == 0).all()
     for target in "gain_1", "gain_3", "end_1", "end_3":
         t = rank_measures(frame, target)
-        assert (t.loc[["dead_fraction", "frozen_fraction", "gradient_norm", "strength", "readiness", "local_redundancy"], "accuracy"] == 1).all()
+        assert (t.loc[["tasks_learnt", "dead_fraction", "frozen_fraction", "gradient_norm", "strength", "readiness", "local_redundancy"], "accuracy"] == 1).all()
         assert (t.loc[["weight_norm", "distance_from_init", "loss", "reliability"], "accuracy"] == .5).all()      # the same for all
         assert t.low["dead_fraction"] == t.high["dead_fraction"] == 1 and t.undecided["loss"] == 0
         assert t.accuracy["top_eigenvalue"] == 0 and t.free["top_eigenvalue"] == 1                             # the more live, the sharper: theory's sign is wrong here
-    assert set(t.index) <= set(directions)
+    assert set(t.index) == set(directions)
     with pytest.raises(LopError, match="There is no gain_2"): rank_measures(frame, "gain_2")
     with pytest.raises(LopError, match="of rollout 'mine'"): rank_measures(frame, "gain_1", "mine")
 
