@@ -9,8 +9,10 @@ __all__ = ['known', 'measure', 'measure_layers', 'activation_statistics', 'answe
            'dormant_fraction', 'dormant_scores', 'double', 'frozen_fraction', 'gradient_shares', 'histogram',
            'result_type', 'saturated_fraction', 'saturated_gradient_fraction', 'slopes', 'unit_moments', 'unit_rows',
            'weight_norm', 'zero_gradient_fraction', 'centre', 'duplicate_fraction', 'means', 'random_layers',
-           'similarity', 'non_gaussianity', 'non_gaussianity_scores', 'effective_rank', 'energy_rank', 'gram',
-           'numerical_rank', 'outer', 'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
+           'similarity', 'non_gaussianity', 'non_gaussianity_scores', 'task_curvature', 'top_eigenvalues', 'trace',
+           'example_gradients', 'gradient_alignment', 'gradient_norm', 'local_redundancy', 'readiness',
+           'task_readiness', 'zero_gradient_share', 'effective_rank', 'energy_rank', 'gram', 'numerical_rank', 'outer',
+           'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
 
 # %% ../nbs/api/22_metrics.ipynb #c1090f3c
 import torch
@@ -19,6 +21,8 @@ from .activity import (activation_statistics, answer, checked, dead_fraction, di
     histogram, result_type, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_norm, zero_gradient_fraction)
 from .config import MetricsConfig
 from .copies import centre, duplicate_fraction, means, random_layers, similarity
+from .curvature import task_curvature, top_eigenvalues, trace
+from .gradients import example_gradients, gradient_alignment, gradient_norm, local_redundancy, readiness, task_readiness, zero_gradient_share
 from .normality import non_gaussianity, non_gaussianity_scores
 from .ranks import effective_rank, energy_rank, gram, numerical_rank, outer, participation_ratio, rankme, scaled, spectrum, srank, stable_rank
 from .runtime import LopError, one_of
@@ -27,6 +31,7 @@ from .runtime import LopError, one_of
 _all_ = ["activation_statistics", "answer", "checked", "dead_fraction", "distance", "dormant_fraction", "dormant_scores", "double", "frozen_fraction", "gradient_shares",
     "histogram", "result_type", "saturated_fraction", "saturated_gradient_fraction", "slopes", "unit_moments", "unit_rows", "weight_norm", "zero_gradient_fraction",
     "centre", "duplicate_fraction", "means", "random_layers", "similarity", "non_gaussianity", "non_gaussianity_scores",
+    "task_curvature", "top_eigenvalues", "trace", "example_gradients", "gradient_alignment", "gradient_norm", "local_redundancy", "readiness", "task_readiness", "zero_gradient_share",
     "effective_rank", "energy_rank", "gram", "numerical_rank", "outer", "participation_ratio", "rankme", "scaled", "spectrum", "srank", "stable_rank"]
 
 # %% ../nbs/api/22_metrics.ipynb #954df627
