@@ -6,7 +6,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/monitor.html.md"""
 
 # %% auto #0
 __all__ = ['elementwise', 'balanced', 'read_units', 'as_rows', 'select', 'with_gradients', 'with_slopes', 'incoming', 'asked',
-           'Monitor', 'spread', 'OtherTasks']
+           'Monitor', 'together', 'spread', 'OtherTasks']
 
 # %% ../nbs/api/27_monitor.ipynb #492fe58a
 import math, re
@@ -172,14 +172,27 @@ def ingredients(self:Monitor, nets, task, places):
     for name, params in dict(weights=nets.params, **self.weights).items(): more[name] = {n: incoming(params, g) for n, g in groups.items()}
     return h, {k: v for k, v in more.items() if k in self.needs}
 
+def together(
+    h,         # {module: [R, N, D]}
+    most=2**17 # numbers
+)->list:       # of lists of modules
+    "Which layers are measured in one call: on a processor small ones, for the temporaries of many large ones would leave its caches"
+    out, size = [], math.inf
+    for n, t in h.items():
+        if size + t.numel() > most and t.device.type == "cpu" or not out: out.append([]); size = 0
+        out[-1].append(n); size += t.numel()
+    return out
+
 @patch
 def measure(self:Monitor, learner,
     label="" # behind the name of each measure
 ):
     "Record every measure of every layer now; a layer that lacks what a measure needs goes without it"
-    nets = learner.replicas; names = {g.site: g.name for g in nets.graph.groups}
+    nets = learner.replicas; names = {g.site: g.name for g in nets.graph.groups}; values = {}
     h, more = self.ingredients(nets, learner.task, select(nets.modules[0], self.layers))
-    values = metrics.measure_layers(h, self.names, **more, settings=self.settings)
+    for part in together(h):
+        own = lambda named: {n: named[n] for n in part if n in named}
+        values |= metrics.measure_layers(own(h), self.names, **{k: own(v) for k, v in more.items()}, settings=self.settings)
     if self.histograms: values = {place: v | spread(h[place], self.settings.histogram_edges) for place, v in values.items()}
     learner.log_all({(self.split, names.get(place, place), name + label): v for place, own in values.items() for name, v in own.items()})
 

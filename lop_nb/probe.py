@@ -119,7 +119,6 @@ class Imitation(Task):
     def __post_init__(self): self.active = None
     def among(self, y): return None
     def loss(self, out, y): return (out - y).square().mean(-1)     # [R, B, K], [R, B, K] -> [R, B]
-    def correct(self, out, y): return torch.full_like(out[..., 0], torch.nan)
 
 # %% ../nbs/api/30_probe.ipynb #26a38d07
 def _imitation(data, nets, seeds):
@@ -161,8 +160,7 @@ class Horizons(Callback):
         for split in "train", "test":
             view = getattr(task, split)
             if view is None or view.n == 0: continue
-            for k, v in evaluate(learner.replicas, task, view).items():
-                if k == "loss" or task.classes is not None: self._add(step, split, k, v)
+            for k, v in evaluate(learner.replicas, task, view).items(): self._add(step, split, k, v)
     def _add(self, step, split, metric, values): self.rows += [dict(replica=r, horizon=step, split=split, metric=metric, value=v) for r, v in enumerate(values.tolist())]
 
 # %% ../nbs/api/30_probe.ipynb #3c2e9ece

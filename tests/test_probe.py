@@ -5,6 +5,7 @@ from functools import partial
 
 import pandas as pd, pytest, torch, torch.nn.functional as F
 
+from lop_nb.bitflips import BitFlips
 from lop_nb.config import SGD, Adam
 from lop_nb.data import load
 from lop_nb.interventions import ContinualBackprop
@@ -204,6 +205,17 @@ def test_an_optimizer_can_come_along():
     still = fresh_task_probe(nets, carry=learner.optimizer, **how | dict(lrs=(0.,)))
     assert (one(still, arm="given", horizon=1, split="train", metric="loss") == one(still, arm="given", horizon=0, split="train", metric="loss")).all()
     with pytest.raises(LopError, match="Adam.*SGD"): fresh_task_probe(nets, carry=learner.optimizer, optimizer=SGD(), **how)
+
+
+def test_any_task_will_do():
+    "a stream of another kind, whose examples are bits and whose loss is a squared error: losses and areas, no accuracy"
+    nets, task = Replicas(partial(MLP, 20, 1, hidden_sizes=[5, 5], normalization="none", dropout_p=0.), [0, 1]), BitFlips(tasks=2, examples=300, seeds=[0, 1])[1]
+    probe = fresh_task_probe(nets, task, horizons=(1, 20), lrs=(1e-2,))
+    assert set(probe.metric) == {"loss", "area"} and probe.value.notna().all() and set(probe.horizon) == {0, 1, 20}
+    x, y = task.train.fetch(torch.arange(300).expand(2, -1))
+    with nets.evaluating(): want = (nets(x)[..., 0] - y).square().mean(1)
+    assert torch.allclose(torch.tensor(one(probe, arm="given", horizon=0, split="train", metric="loss")), want.double(), rtol=1e-5)
+    assert torch.allclose(rollout_losses(nets, task, ks=(1,), rollouts=2)[0][:, 0], want.double(), rtol=1e-5)
 
 
 def test_each_side_has_its_own_best_step_size():
