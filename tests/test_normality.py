@@ -132,33 +132,9 @@ def test_too_few_samples(kind):
     for n in (1, 2): assert non_gaussianity(torch.randn(3, n, 5), kind).isnan().all() and non_gaussianity(torch.zeros(3, n, 5), kind).shape == (3,)
     assert non_gaussianity(torch.randn(9, 5), kind, rows=2).isnan() and not non_gaussianity(torch.randn(3, 5), kind).isnan()
 
-@kinds
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_not_finite(kind, poison, dtype):
-    "One value spoils its own replica and no other, and nothing raises"
-    h = torch.randn(2, 3, 12, 9, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    clean = non_gaussianity(h, kind); h[1, 0, 4, 2] = poison; out = non_gaussianity(h, kind)
-    assert out[1, 0].isnan() and out.isnan().sum() == 1 and torch.equal(out[~out.isnan()], clean[~out.isnan()])
-    assert non_gaussianity(torch.full((5, 4), poison, dtype=dtype), kind).isnan()
-
 @pytest.mark.parametrize("shape", [(), (5,), (0, 5), (5, 0), (2, 0, 3)])
 def test_nothing_to_measure(shape):
     with pytest.raises(LopError, match="^non_gaussianity needs .* at least one of each"): non_gaussianity(torch.zeros(shape))
 
 def test_unknown_kind():
     with pytest.raises(LopError, match="Did you mean 'anderson'"): non_gaussianity(torch.zeros(5, 5), "andersen")
-
-@kinds
-def test_types(kind):
-    h = torch.randn(40, 9, generator=torch.Generator().manual_seed(0)); before = h.clone()
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert non_gaussianity(h.to(dtype), kind).dtype == torch.float32
-        close(non_gaussianity(h.to(dtype), kind), non_gaussianity(h.to(dtype).double(), kind), 1e-6)
-    assert non_gaussianity(h.double(), kind).dtype == torch.float64 and torch.equal(h, before)
-    assert not non_gaussianity(h.requires_grad_(), kind).isnan()
-
-@kinds
-def test_reads_nothing_back(kind):
-    "Meta tensors have no values: a branch on one, or an .item(), would raise"
-    assert non_gaussianity(torch.empty(3, 20, 8, device="meta"), kind).shape == (3,)

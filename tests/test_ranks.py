@@ -109,42 +109,12 @@ def test_gram_and_scaled():
 
 
 # ---- bad input ----
-@pytest.mark.parametrize("f", PURE)
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@dtypes
-def test_not_finite(f, poison, dtype):
-    "One value spoils its own replica, layer, … and no other, and nothing raises"
-    h = torch.randn(2, 3, 12, 9, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    clean = f(h); h[1, 0, 4, 2] = poison
-    out = f(h)
-    assert out[1, 0].isnan() and out.isnan().sum() == 1
-    assert torch.equal(torch.cat([out.flatten()[:3], out.flatten()[4:]]), torch.cat([clean.flatten()[:3], clean.flatten()[4:]]))
-    assert f(torch.full((5, 4), poison, dtype=dtype)).isnan()
-
 @pytest.mark.parametrize("f", [*PURE, spectrum])
 @pytest.mark.parametrize("shape", [(), (5,), (0, 5), (5, 0), (2, 0, 3)])
 def test_nothing_to_measure(f, shape):
     name = getattr(f, "func", f).__name__
     with pytest.raises(LopError, match=f"^{name} needs .* at least one of each") as e: f(torch.zeros(shape))
     assert "\n" not in str(e.value)
-
-@pytest.mark.parametrize("f", PURE)
-def test_types(f):
-    h = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32): 
-        assert f(h.to(dtype)).dtype == torch.float32
-        close(f(h.to(dtype)), f(h.to(dtype).double()), 1e-6)
-    assert f(h.double()).dtype == torch.float64
-    assert not f(h.requires_grad_()).isnan()
-
-@pytest.mark.parametrize("f", PURE)
-def test_input_is_left_alone(f):
-    h = torch.randn(12, 9); before = h.clone(); f(h); assert torch.equal(h, before)
-
-@pytest.mark.parametrize("f", PURE)
-def test_reads_nothing_back(f):
-    "Meta tensors have no values: a branch on one, or an .item(), would raise"
-    assert f(torch.empty(3, 20, 8, device="meta")).shape == (3,)
 
 
 # ---- properties ----
