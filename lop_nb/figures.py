@@ -193,11 +193,12 @@ def _ends(df, names, x="step", by="run", layers=True):
 def rank_and_dead(
     df, rank="effective_rank"
 )->Picture:
-    "Rank against dead units, means over layers at the end of each task; from the first task (small) to the last (large)"
+    "Rank against dead units, means over layers at the end of each task with their intervals; from the first task (small) to the last (large)"
     sides = [over_time(over_layers(end_of_task(pick(df, m))), ("run",)).set_index(["run", "task"])[["mean", "half"]].add_prefix(k) for k, m in (("dead_", "dead_fraction"), ("rank_", rank))]
     t = pd.concat(sides, axis=1).dropna(subset=["dead_mean", "rank_mean"]).reset_index(); fig, (ax,) = blank(1, width=2.4)
     for i, (run, r) in enumerate(t.groupby("run", sort=False)):
         ax.plot(r.dead_mean, r.rank_mean, **style(i), linewidth=1, label=run); ax.scatter(r.dead_mean, r.rank_mean, 6 + 40*(r.task - r.task.min())/max(1, np.ptp(r.task)), color=palette[i % 7])
+        ax.errorbar(r.dead_mean, r.rank_mean, r.rank_half, r.dead_half, fmt="none", ecolor=palette[i % 7], alpha=.25, linewidth=1)
     ax.set_xlabel("dead fraction", fontsize=8); ax.set_ylabel(rank.replace("_", " "), fontsize=8); explain(ax); fig.numbers = t
     return fig
 
