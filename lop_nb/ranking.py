@@ -28,7 +28,7 @@ from .runtime import LopError, generator
 
 # %% ../nbs/api/31_ranking.ipynb #a6d7b3b0
 def _pairs(t): # [..., C] -> the two of each pair [..., C(C-1)/2], float64
-    t = torch.as_tensor(t, dtype=torch.float64)
+    t = (t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)).double()
     if t.ndim == 0 or t.shape[-1] < 2: raise LopError("A ranking needs values [..., C] of at least two checkpoints.")
     return t[..., torch.triu_indices(t.shape[-1], t.shape[-1], 1, device=t.device)].unbind(-2)
 
@@ -262,7 +262,7 @@ def _grids(frame):
     wide = frame.set_index(["rollout", "metric", "seed", "after"]).value.unstack(); streams = frame.seed.nunique()
     def grid(rollout, metric):
         if metric == "tasks_learnt": return torch.tensor(wide.columns.to_numpy()).expand(streams, -1)
-        if (rollout, metric) in wide.index: return torch.tensor(wide.loc[rollout, metric].to_numpy())
+        if (rollout, metric) in wide.index: return torch.tensor(wide.loc[rollout, metric].to_numpy(), dtype=torch.float32)   # means of the same numbers in another order are equal
         raise LopError(f"There is no {metric} of rollout '{rollout}' in this table. It has: {', '.join(sorted({'/'.join(k).strip('/') for k in wide.index.droplevel('seed')}))}.")
     return grid
 
