@@ -23,7 +23,7 @@ def largest(
     h:torch.Tensor # Activations [..., N, D]
 )->torch.Tensor:   # [..., 1, 1]; NaN or infinite if `h` is not finite
     "The size of the largest entry"
-    return h.abs().amax((-2, -1), keepdim=True)
+    return torch.maximum(h.amax((-2, -1), keepdim=True), -h.amin((-2, -1), keepdim=True))
 
 def scaled(
     h:torch.Tensor # Activations [..., N, D]
@@ -38,7 +38,7 @@ def outer(
     a:torch.Tensor # [..., k, n]
 )->torch.Tensor:   # [..., k, k]
     "A Aᵀ"
-    if a.device.type != "cpu": return a @ a.mT
+    if a.device.type != "cpu" or a.shape[-2] <= 64: return a @ a.mT
     a = a.contiguous(); g = a.new_empty(*a.shape[:-1], a.shape[-2])
     for i in range(0, a.shape[-2], 64):
         part = a[..., i:, :] @ a[..., i:i+64, :].mT
@@ -69,6 +69,10 @@ def _values(name, h, centred, s):
     h = checked(h, name)
     return spectrum(h, centred) if s is None else s
 
+def _told(value, s, h):
+    "`value`, or NaN where the spectrum is: it knows already where `h` is not finite"
+    return torch.where(s[..., 0].isnan(), math.nan, value).to(h.device, result_type(h))
+
 def _shares(s):
     "`s` over its sum, zeros if that is zero"
     total = s.sum(-1, keepdim=True)
@@ -87,7 +91,7 @@ def effective_rank(
     "Exponential of the entropy of the normalised singular values (Roy & Vetterli, 2007)"
     s = _values("effective_rank", h, centred, s)
     s = s/torch.where(s[..., :1] == 0, 1., s[..., :1])
-    return answer(_perplexity(_shares(s.square() if squared else s), s[..., 0] == 0), h)
+    return _told(_perplexity(_shares(s.square() if squared else s), s[..., 0] == 0), s, h)
 
 def rankme(
     h:torch.Tensor,       # Activations or embeddings [..., N, D]
@@ -96,7 +100,7 @@ def rankme(
 )->torch.Tensor:          # [...], 0 to min(N, D), and a little above
     "The effective rank of uncentred embeddings, with a little added to each share (RankMe, Garrido et al., 2023)"
     s = _values("rankme", h, False, s)
-    return answer(_perplexity(_shares(s) + eps, s[..., 0] == 0), h)
+    return _told(_perplexity(_shares(s) + eps, s[..., 0] == 0), s, h)
 
 # %% ../nbs/api/18_ranks.ipynb #9a414205
 def stable_rank(
@@ -107,7 +111,7 @@ def stable_rank(
     "Squared Frobenius norm over squared spectral norm"
     s = _values("stable_rank", h, centred, s)
     top = s[..., :1]
-    return answer((s/torch.where(top == 0, 1., top)).square().sum(-1), h)
+    return _told((s/torch.where(top == 0, 1., top)).square().sum(-1), s, h)
 
 def participation_ratio(
     h:torch.Tensor,       # Activations [..., N, D]
@@ -138,7 +142,8 @@ def srank(
     s:torch.Tensor=None   # `spectrum(h, centred)`, if it is at hand
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "Least number of singular values that hold a share 1-δ of their sum (Kumar et al., 2021)"
-    return answer(_smallest(_shares(_values("srank", h, centred, s)), missing), h)
+    s = _values("srank", h, centred, s)
+    return _told(_smallest(_shares(s), missing), s, h)
 
 def energy_rank(
     h:torch.Tensor,       # Activations [..., N, D]
@@ -147,7 +152,8 @@ def energy_rank(
     s:torch.Tensor=None   # `spectrum(h, centred)`, if it is at hand
 )->torch.Tensor:          # [...], 0 to min(N, D)
     "Least number of singular values whose squares hold a share 1-δ of the sum of squares"
-    return answer(_smallest(_shares(_shares(_values("energy_rank", h, centred, s)).square()), missing), h)
+    s = _values("energy_rank", h, centred, s)
+    return _told(_smallest(_shares(_shares(s).square()), missing), s, h)
 
 def numerical_rank(
     h:torch.Tensor,       # Activations [..., N, D]
@@ -158,4 +164,4 @@ def numerical_rank(
     "Number of singular values above rounding; for float64, above the rounding of the Gram matrix, some 1e-7 σ₁"
     s = _values("numerical_rank", h, centred, s)
     if tol is None: tol = max(h.shape[-2:])*torch.finfo(result_type(h)).eps
-    return answer((s > tol*s[..., :1]).sum(-1), h)
+    return _told((s > tol*s[..., :1]).sum(-1), s, h)
