@@ -35,11 +35,12 @@ def balanced(
 ):        # positions [R, m], the same number of each class
     "Rows of each replica that have every class equally often"
     if size is None or y.is_floating_point(): return torch.arange(y.shape[1], device=y.device)[:size].expand(len(y), -1)
-    classes = [y_r[ok].unique() for y_r, ok in zip(y, valid)]
-    rows = [[((y_r == c) & ok).nonzero()[:, 0] for c in cs] for y_r, ok, cs in zip(y, valid, classes)]
-    share = min(min(len(r) for r in rs) for rs in rows)
-    share = min(share, max(1, size // max(len(cs) for cs in classes)))
-    return torch.stack([torch.cat([r[:share] for r in rs]) for rs in rows])
+    last = int(y.max()) + 1; y = torch.where(valid, y, last)
+    order = y.argsort(dim=1, stable=True); y = y.gather(1, order)                          # class by class, what does not count at the end
+    sizes = torch.zeros(len(y), last + 1, dtype=torch.long, device=y.device).scatter_add_(1, y, torch.ones_like(y))
+    place = torch.arange(y.shape[1], device=y.device) - (sizes.cumsum(1) - sizes).gather(1, y)   # of each row within its class
+    there = sizes[:, :last]; share = min(int(there[there > 0].min()), max(1, size // int((there > 0).sum(1).max())))
+    return torch.stack([o[k] for o, k in zip(order, (place < share) & (y < last))])
 
 # %% ../nbs/api/27_monitor.ipynb #4063ad15
 def read_units(
