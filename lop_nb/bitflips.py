@@ -53,11 +53,11 @@ class BitView:
 # %% ../nbs/api/14b_bitflips.ipynb #617cd721
 @dataclass
 class Regression(Task):
-    "One task of R replicas whose target is a number"
+    "One task of R replicas whose targets are numbers"
     classes: torch.Tensor = None                                   # none, and so no accuracy
     def __post_init__(self): self.active = None
     def among(self, y): return None
-    def loss(self, out, y): return (out[..., 0] - y).square()      # [R, B, 1], [R, B] -> [R, B]
+    def loss(self, out, y): return (out - y.reshape(*y.shape[:2], -1)).square().mean(-1) # [R, B, K], and [R, B, K] or, of a single output, [R, B] -> [R, B]
     def correct(self, out, y): raise TypeError("A regression has no accuracy.")
     correct_all = correct
 

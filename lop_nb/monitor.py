@@ -170,8 +170,9 @@ def ingredients(self:Monitor, nets, task, places):
         h, more["grads"] = (as_rows(nets, {n: pair[i] for n, pair in seen.items()}) for i in (0, 1))
     else: h = read_units(nets, x, places)
     if "slope" in self.needs: more["slope"] = as_rows(nets, with_slopes(nets, x, places))
-    for name, params in dict(weights=nets.params, **self.weights).items(): more[name] = {n: incoming(params, g) for n, g in groups.items()}
-    return h, {k: v for k, v in more.items() if k in self.needs}
+    for name, params in dict(weights=nets.params, **self.weights).items():
+        if name in self.needs: more[name] = {n: incoming(params, g) for n, g in groups.items()}
+    return h, more
 
 def together(
     h,         # {module: [R, N, D]}

@@ -8,6 +8,7 @@ from torch import nn
 from lop_nb.activity import (activation_statistics, dead_fraction, distance, dormant_fraction, dormant_scores, frozen_fraction, gradient_shares, histogram,
                              often, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_norm, zero_gradient_fraction)
 from lop_nb.runtime import LopError
+from measuring import EPS, close, dtypes, normal
 
 def by_share(h): return saturated_gradient_fraction(h, h, ratio=.3, threshold=.5)      # as if each gradient were its activation: h → h²
 def by_source(h): return saturated_gradient_fraction(h, h, ratio=.3, threshold=.5, how="source")
@@ -15,11 +16,6 @@ STATISTICS = {k: (lambda h, k=k: activation_statistics(h)[k]) for k in ("mean_of
 SHARES = dict(dead_fraction=dead_fraction, dormant_fraction=dormant_fraction, saturated_fraction=lambda h: saturated_fraction(h, .3, .5), frozen_fraction=frozen_fraction,
               saturated_gradient_fraction=by_share, source=by_source, zero_gradient_fraction=zero_gradient_fraction)
 PURE = [*SHARES.values(), *STATISTICS.values()]
-EPS = {torch.float32: 1e-5, torch.float64: 1e-12}     # relative, written before the run
-dtypes = pytest.mark.parametrize("dtype", EPS)
-
-def close(a, b, eps): np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=eps, atol=eps)
-def normal(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- closed forms ----

@@ -7,14 +7,10 @@ from hypothesis import assume, given, settings, strategies as st
 
 from lop_nb.copies import _by_groups, centre, duplicate_fraction, random_layers, similarity
 from lop_nb.runtime import LopError, generator
+from measuring import EPS, close, dtypes, normal
 
 WAYS, KINDS = ["partner", "groups", "later"], ["pearson", "cosine"]
 PURE = [partial(duplicate_fraction, how=w, kind=k, absolute=a, threshold=t) for w in WAYS for k in KINDS for a in (False, True) for t in (.5, .95)]
-EPS = {torch.float32: 1e-5, torch.float64: 1e-12}     # relative, written before the run
-dtypes = pytest.mark.parametrize("dtype", EPS)
-
-def close(a, b, eps): np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=eps, atol=eps)
-def normal(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- closed forms ----

@@ -8,10 +8,10 @@ import test_activity, test_copies, test_normality, test_ranks
 from lop_nb.activity import distance, histogram, slopes
 from lop_nb.copies import random_layers
 from lop_nb.normality import non_gaussianity
+from measuring import close, normal
 
 EVERY = [*test_activity.PURE, *test_copies.PURE, *test_ranks.PURE, *(partial(non_gaussianity, kind=k) for k in test_normality.MOST)]
 every = pytest.mark.parametrize("f", EVERY)
-normal, close = test_activity.normal, test_activity.close
 
 
 @every

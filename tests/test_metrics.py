@@ -2,16 +2,16 @@
 import math
 from dataclasses import fields
 
-import numpy as np, pytest, torch
+import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 
 from lop_nb import activity, copies, metrics, normality, ranks
 from lop_nb.config import MetricsConfig
 from lop_nb.metrics import activation_statistics, known, measure, measure_layers, similarity
 from lop_nb.runtime import LopError
+from measuring import close
 
 def normal(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-def close(a, b, eps): np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=eps, atol=eps)
 
 def layer(*shape, seed=0, dtype=torch.float32):
     "Activations of rank about 10 with noise, some units dead, constant or double; gradients, slopes and weights"

@@ -8,11 +8,11 @@ from scipy import stats
 
 from lop_nb.normality import _royston, non_gaussianity, non_gaussianity_scores
 from lop_nb.runtime import LopError
+from measuring import close
 
 MOST = dict(shapiro=1, ks=1, anderson=10, kurtosis=10)
 kinds = pytest.mark.parametrize("kind", MOST)
 
-def close(a, b, eps): np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=eps, atol=eps)
 
 def standard(u): return (u - u.mean())/u.std(ddof=1)
 

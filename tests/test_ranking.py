@@ -15,7 +15,8 @@ from lop_nb.data import load
 from lop_nb.gradients import example_gradients, local_redundancy, output_gradients, task_readiness
 from lop_nb.learner import Learner
 from lop_nb.metrics import known
-from lop_nb.ranking import (Keep, all_values, directions, example_gram, gains, gradient_values, held_out, kernel_values, rank_measures, ranking_accuracy, score, slopes_at, stacked_nets,
+from lop_nb.monitor import as_rows, with_slopes
+from lop_nb.ranking import (Keep, all_values, directions, example_gram, gains, gradient_values, held_out, kernel_values, rank_measures, ranking_accuracy, score, stacked_nets,
                             undecided, unit_names)
 from lop_nb.ranks import effective_rank, energy_rank
 from lop_nb.replicas import Replicas
@@ -157,9 +158,9 @@ def test_readiness_is_that_of_gradients_and_only_the_task_s_classes_count():
 
 def test_slopes_are_those_of_the_activation():
     nets = old(partial(MLP, 64, 10, hidden_sizes=[8, 6], activation="tanh", **plain), (0, 2)); x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
-    s = slopes_at(nets, x, list(nets.graph)); site = nets.graph[0].site
+    s = as_rows(nets, with_slopes(nets, x, [g.site for g in nets.graph])); site = nets.graph[0].site
     z = torch.stack([m.get_submodule("linear_0")(one) for m, one in zip(nets.modules, x)])
-    assert torch.allclose(s[site], 1 - z.tanh()**2, atol=1e-6) and not nets.modules[0].get_submodule(site)._forward_pre_hooks
+    assert torch.allclose(s[site], 1 - z.tanh()**2, atol=1e-6) and not nets.modules[0].get_submodule(site)._forward_pre_hooks and not nets.modules[0].get_submodule(site)._forward_hooks
 
 
 def test_networks_kept_along_a_stream_side_by_side_are_the_same_networks():

@@ -8,16 +8,14 @@ from hypothesis import assume, given, settings, strategies as st
 from lop_nb.ranks import effective_rank, energy_rank, gram, numerical_rank, participation_ratio, rankme, scaled, spectrum, srank, stable_rank
 from lop_nb.copies import centre
 from lop_nb.runtime import LopError
+from measuring import EPS, close, dtypes
 
 covariance_rank = partial(effective_rank, centred=True, squared=True)
 RANKS = [effective_rank, stable_rank, partial(participation_ratio, centred=False), srank, energy_rank, numerical_rank, rankme, partial(effective_rank, squared=True)]
 CENTRED = [partial(f, centred=True) for f in (effective_rank, stable_rank, participation_ratio, srank, energy_rank, numerical_rank)] + [covariance_rank]
 PURE = [*RANKS, *CENTRED]
 def uncounted(d): return -(-99 * d // 100)             # the least k that holds 99 % of d equal values
-EPS = {torch.float32: 1e-5, torch.float64: 1e-12}     # relative, written before the run
-dtypes = pytest.mark.parametrize("dtype", EPS)
 
-def close(a, b, eps): np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=eps, atol=eps)
 
 def from_spectrum(s, n, d, seed):
     "A random matrix [n, d] with these singular values"
