@@ -101,7 +101,7 @@ def test_A85_ranks_and_flat_slopes():
     z = torch.randn(200_000, generator=g, dtype=torch.float64)
     assert abs((slopes(lambda z: torch.tanh(20*z), z) < 1e-4).double().mean() - flat_tanh(20.)) < 5e-3
     assert abs((slopes(lambda z: F.relu(z - 1), z) == 0).double().mean() - flat_relu(-1.)) < 5e-3
-    drawn, code = figures("api/32_theory.ipynb"); assert drawn >= 5 and all(k in code for k in ("ReLU(az + b)", "SELU(az + b)", "tanh(a(z + b))", "sigmoid(a(z + b))"))
+    drawn, code = figures("api/38_theory.ipynb"); assert drawn >= 5 and all(k in code for k in ("ReLU(az + b)", "SELU(az + b)", "tanh(a(z + b))", "sigmoid(a(z + b))"))
 
 
 def test_A86_four_variants_over_a_hundred_steps():
@@ -124,4 +124,4 @@ def test_A87_three_pictures_of_a_true_manifold():
         g = generator(seed, "labels"); y, p = torch.randn(300, generator=g, dtype=torch.float64), torch.randn(3, generator=g, dtype=torch.float64)
         assert gradient(p, y) @ n != 0
         p[1] = p[0]; assert gradient(p, y) @ n == 0 and gradient(p, y).norm() > 0
-    _, code = figures("api/32_theory.ipynb"); assert code.count('projection="3d"') >= 1 and "plt.subplots(1, 3, figsize=(12, 4), subplot_kw" in code
+    _, code = figures("api/38_theory.ipynb"); assert code.count('projection="3d"') >= 1 and "plt.subplots(1, 3, figsize=(12, 4), subplot_kw" in code
