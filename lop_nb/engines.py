@@ -84,6 +84,10 @@ class Compiled(Torch):
         if nets.device.type == "cpu" and not _compiler(): raise LopError("training.engine=compile needs a C++ compiler, and there is none. Install one (for Debian: apt-get install g++), or choose training.engine=auto.")
         if not hasattr(nets, "_compiled"): nets._compiled = torch.compile(_slopes(nets.modules[0], _losses[loss_of(learner.task)]), mode="reduce-overhead" if nets.device.type == "cuda" else "default")
         self.f = nets._compiled
+    def gradients(self, learner, x, y):
+        grads, learner.losses, learner.logits = self.f({k: p.detach() for k, p in learner.replicas.params.items()}, x, y)
+        for k, p in learner.replicas.params.items(): p.grad = grads[k]
+        learner.y, learner.seen = y, {}
 
 def _compiler():
     import shutil
@@ -109,13 +113,6 @@ def _slopes(net, loss):
         grads, (_, (losses, out)) = vmap(grad_and_value(one, has_aux=True), randomness="different")(params, x, y)
         return grads, losses, out
     return every
-
-@patch
-def gradients(self:Compiled, learner, x, y):
-    nets = learner.replicas
-    grads, learner.losses, learner.logits = self.f({k: p.detach() for k, p in nets.params.items()}, x, y)
-    for k, p in nets.params.items(): p.grad = grads[k]
-    learner.y, learner.seen = y, {}
 
 # %% ../nbs/api/29_engines.ipynb #be540fe6
 def job_of(
