@@ -152,14 +152,15 @@ ranges = dict(
     training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "batch_size", "threads")}),
     metrics=dict(every="[1, ∞)", epochs="[1, ∞)", probe_size="[1, ∞)", dead_threshold="[0, 1]", duplicate_threshold="[0, 1]",
                  dead_size="[0, ∞)", dormant_threshold="[0, 1]", flat_slope="[0, ∞)", saturated_threshold="[0, 1]", gradient_ratio="[0, ∞)", missing_mass="(0, 1)", normality_rows="[3, 5000]", histogram_edges="(0, ∞)"),
-    intervention={"l2_init.weight": "[0, ∞)", "continual_backprop.replacement_rate": "[0, 1]", "continual_backprop.decay": "[0, 1)", "continual_backprop.maturity_threshold": "[0, ∞)"},
+    intervention={"l2_init.weight": "[0, ∞)", "continual_backprop.replacement_rate": "[0, 1]", "continual_backprop.decay": "[0, 1)", "continual_backprop.maturity_threshold": "[0, ∞)",
+                  "weight_clipping.bound": "(0, ∞)"},
     logging=dict(checkpoint_seconds="[0, ∞)", snapshot_tasks="[1, ∞)"))
 
 choices = dict(
     model=dict(init=["torch", "kaiming"]), stream=dict(pool=["train", "all"]),
     dataset=dict(normalize=["standardize", "symmetric", "unit", "raw255"]), passage=dict(how=["none", "inputs", "labels", "sampling"]),
     optimizer=dict(implementation=["foreach", "fused"], noise_per=["entry", "tensor"]),
-    training=dict(strategy=["loop", "vmap"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),
+    training=dict(engine=["auto", "torch", "vmap", "compile", "numba"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),
     metrics=dict(probe_split=["train", "val", "test"], other_tasks=["none", "past", "all"], normality=["shapiro", "ks", "anderson", "kurtosis"]))
 
 # %% ../nbs/api/03_compose.ipynb #68de3c83

@@ -8,9 +8,9 @@ Docs: https://lop-nb.github.io/lop_nb/api/config.html.md"""
 __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'DatasetConfig', 'PermutedPixelsConfig',
            'ClassSplitConfig', 'RandomLabelsConfig', 'PermutedLabelsConfig', 'RotatedInputsConfig', 'BinaryPairsConfig',
            'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'PassageConfig', 'Adam',
-           'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig', 'L2InitConfig', 'InterventionConfig',
-           'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options', 'published', 'streaming',
-           'vgg', 'presets', 'register', 'settings']
+           'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig', 'L2InitConfig', 'WeightClippingConfig',
+           'InterventionConfig', 'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options',
+           'published', 'streaming', 'vgg', 'presets', 'register', 'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -248,6 +248,12 @@ class L2InitConfig:
     "L2-Init: pull the parameters to where they began (Kumar et al., 2023)"
     weight: float = 1e-2                 # λ in L + λ‖θ − θ₀‖²
 
+@dataclass
+class WeightClippingConfig:
+    "Weight clipping: no weight leaves ±κ/√fan_in of its layer (Elsayed et al., 2024)"
+    bound: float = 1.                    # κ; 1: the range of torch's initial weights
+    norms: bool = False                  # the gains and shifts of normalisation layers too, as the reference code does?
+
 # %% ../nbs/api/02_config.ipynb #95cabace
 @dataclass
 class InterventionConfig:
@@ -255,6 +261,7 @@ class InterventionConfig:
     arms: list[str] = field(default_factory=lambda: ["backprop", "continual_backprop", "l2_init"])
     continual_backprop: ContinualBackpropConfig = field(default_factory=ContinualBackpropConfig)
     l2_init: L2InitConfig = field(default_factory=L2InitConfig)
+    weight_clipping: WeightClippingConfig = field(default_factory=WeightClippingConfig)
 
 # %% ../nbs/api/02_config.ipynb #e1a03899
 @dataclass
@@ -269,7 +276,7 @@ class TrainingConfig:
     head_state: str = "reset"            # the optimizer's memory of a head that is reset: reset, keep
     reset: bool = False                  # fresh networks at each task
     early_stopping: int = 0              # epochs without a better validation loss before a task ends; 0: never
-    strategy: str = "loop"               # loop, vmap: how the replicas advance
+    engine: str = "auto"                 # who makes the steps: auto, torch, vmap, compile, numba (see `engines`)
     device: Optional[str] = None         # None: the best there is
     threads: int = 1                     # of one operation
 
@@ -350,7 +357,7 @@ def options()->dict:
         training=dict(digits=TrainingConfig(), continual=published(), standard=published(), streaming=streaming()),
         metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
         intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(),
-                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init")}))
+                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping")}))
 
 def published(): return TrainingConfig(epochs=20, batch_size=128, head_reset="zero")
 
