@@ -25,8 +25,8 @@ def compiled(
     "`f` as machine code, from its first call on; it lets other threads run meanwhile"
     if f is None: return lambda f: compiled(f, fastmath)
     if numba is None: return f
-    try: return numba.njit(nogil=True, cache=True, fastmath=fastmath)(f)
-    except RuntimeError: return numba.njit(nogil=True, fastmath=fastmath)(f)    # no folder to keep it in
+    try: return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=fastmath)(f)
+    except RuntimeError: return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(f)    # no folder to keep it in
 
 # %% ../nbs/api/26_kernels.ipynb #94b95e0a
 class Cannot(Exception):
