@@ -49,7 +49,8 @@ def rename(
     return sign + aliases.get(key, key) + rest
 
 # %% ../nbs/api/03_compose.ipynb #e869fec3
-companions = {"training=continual": dict(stream="class_split", optimizer="adam", intervention="backprop"),
+companions = {"stream=bit_flips": dict(dataset="bits"), "dataset=bits": dict(stream="bit_flips"),
+              "training=continual": dict(stream="class_split", optimizer="adam", intervention="backprop"),
               "training=standard": dict(stream="all_classes", optimizer="adam", intervention="backprop"),
               "stream.classes_per_task": dict(stream="class_split"), "stream.partitions": dict(stream="class_split")}
 
@@ -146,7 +147,7 @@ ranges = dict(
     model=dict(dropout_p="[0, 1)", negative_slope="[0, 1]", attn_drop_rate="[0, 1)", mlp_ratio="(0, ∞)", **{k: "[1, ∞)" for k in (
         "hidden_sizes", "conv_channels", "kernel_sizes", "strides", "pool_size", "fc_hidden_units", "layers", "base_channels", "patch_size", "embed_dim", "depth", "n_heads")}, paddings="[0, ∞)"),
     dataset=dict(val="[0, 1)", examples_per_class="[1, ∞)"),
-    stream=dict(tasks="[1, ∞)", classes_per_task="[1, ∞)", examples="[1, ∞)", hard_classes="[1, ∞)", easy_classes="[1, ∞)", max_angle="[0, 180]", fraction="(0, 1)", label_noise="[0, 1]"),
+    stream=dict(tasks="[1, ∞)", classes_per_task="[1, ∞)", examples="[1, ∞)", hard_classes="[1, ∞)", easy_classes="[1, ∞)", bits="[1, ∞)", slow="[1, ∞)", hidden="[1, ∞)", beta="[0, 1]", max_angle="[0, 180]", fraction="(0, 1)", label_noise="[0, 1]"),
     passage=dict(share="(0, 1)", increments="[1, ∞)"),
     optimizer=dict(lr="[0, ∞)", betas="[0, 1)", eps="[0, ∞)", weight_decay="[0, ∞)", momentum="[0, 1)", dampening="[0, 1]", alpha="[0, 1)", noise_scale="[0, ∞)", noise_decay="[0, 1]"),
     training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "batch_size", "threads")}),
@@ -157,7 +158,7 @@ ranges = dict(
     logging=dict(checkpoint_seconds="[0, ∞)", snapshot_tasks="[1, ∞)"))
 
 choices = dict(
-    model=dict(init=["torch", "kaiming"]), stream=dict(pool=["train", "all"]),
+    model=dict(init=["torch", "kaiming"]), stream=dict(pool=["train", "all"], flip=["one", "all"]),
     dataset=dict(normalize=["standardize", "symmetric", "unit", "raw255"]), passage=dict(how=["none", "inputs", "labels", "sampling"]),
     optimizer=dict(implementation=["foreach", "fused"], noise_per=["entry", "tensor"]),
     training=dict(engine=["auto", "torch", "vmap", "compile", "numba"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),
@@ -186,8 +187,9 @@ def check(cfg):
             if key in cfg[group]: one_of(f"{group}.{key}", cfg[group][key], legal)
     _check_arms(cfg.intervention)
     if cfg.optimizer.name in ("adam", "adamw") and len(cfg.optimizer.betas) != 2: raise LopError(f"optimizer.betas={cfg.optimizer.betas}: {cfg.optimizer.name} has two, for example [0.9,0.999].")
-    if not cfg.dataset.val and cfg.training.early_stopping: raise LopError(f"training.early_stopping={cfg.training.early_stopping} needs a validation split: set dataset.val above 0.")
-    if not cfg.dataset.val and cfg.metrics.probe_split == "val": raise LopError("metrics.probe_split=val needs a validation split: set dataset.val above 0, or probe train or test.")
+    val = cfg.dataset.get("val")
+    if not val and cfg.training.early_stopping: raise LopError(f"training.early_stopping={cfg.training.early_stopping} needs a validation split: set dataset.val above 0.")
+    if not val and cfg.metrics.probe_split == "val": raise LopError("metrics.probe_split=val needs a validation split: set dataset.val above 0, or probe train or test.")
     return cfg
 
 def _check_arms(intervention):
