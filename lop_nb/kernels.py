@@ -20,13 +20,14 @@ except ImportError: numba = None
 # %% ../nbs/api/26_kernels.ipynb #8e1f2558
 def compiled(
     f=None,        # a function of NumPy arrays and numbers
-    fastmath=False # may sums be reordered?
+    fastmath=False # may sums be reordered? Or which liberties are allowed, by LLVM's names
 ):
     "`f` as machine code, from its first call on; it lets other threads run meanwhile"
     if f is None: return lambda f: compiled(f, fastmath)
     if numba is None: return f
-    try: return numba.njit(nogil=True, cache=True, fastmath=fastmath)(f)
-    except RuntimeError: return numba.njit(nogil=True, fastmath=fastmath)(f)    # no folder to keep it in
+    how = dict(nogil=True, fastmath=fastmath, error_model="numpy")         # x/0 is ∞ or NaN, as in torch
+    try: return numba.njit(cache=True, **how)(f)
+    except RuntimeError: return numba.njit(**how)(f)                       # no folder to keep it in
 
 # %% ../nbs/api/26_kernels.ipynb #94b95e0a
 class Cannot(Exception):
