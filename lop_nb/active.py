@@ -113,43 +113,36 @@ def _loss(z, K, label, value, squared, d):
     return np.log(total) + top - z[label]
 
 # %% ../nbs/api/27_active.ipynb #0d62c4a5
-@compiled(fastmath=dots)
-def _row(w, d, a, keep, bound):
-    "w ← keep·w − a·d, within the bound; the old w·d"
-    s = w.dtype.type(0)
-    for j in range(len(w)):
-        s += w[j] * d[j]
-        v = keep * w[j] - a * d[j]
-        v = bound if v > bound else v
-        w[j] = -bound if v < -bound else v
-    return s
-
 @compiled(fastmath=fused)
-def _row_only(w, d, a, keep, bound):
-    "w ← keep·w − a·d, within the bound"
-    for j in range(len(w)):
-        v = keep * w[j] - a * d[j]
-        v = bound if v > bound else v
-        w[j] = -bound if v < -bound else v
+def _step(W, d, h, active, n, lr, keep, bound):
+    "W_i ← keep·W_i − lr·h_i·d for the active rows, within the bound"
+    for k in range(n):
+        w, a = W[active[k]], lr * h[active[k]]
+        for j in range(len(d)):
+            v = keep * w[j] - a * d[j]
+            v = bound if v > bound else v
+            w[j] = -bound if v < -bound else v
+
+@compiled(fastmath=dots)
+def _step_back(W, d, h, φ, active, n, lr, keep, bound, back):
+    "The same; and back = φ′ ∘ W d with the old W"
+    for k in range(n):
+        w, a, s = W[active[k]], lr * h[active[k]], d.dtype.type(0)
+        for j in range(len(d)):
+            s += w[j] * d[j]
+            v = keep * w[j] - a * d[j]
+            v = bound if v > bound else v
+            w[j] = -bound if v < -bound else v
+        back[active[k]] = s * φ[active[k]]
 
 # %% ../nbs/api/27_active.ipynb #c58e559a
-@compiled
-def _learn(W, b, h, φ, active, n, d, back, first, lr, keep, bound):
-    "One layer's step; its inputs' slopes in `back`"
-    _row_only(b, d, lr, keep, bound)
-    if first:
-        for k in range(n): _row_only(W[active[k]], d, lr * h[active[k]], keep, bound)
-        return
-    back[:] = 0
-    for k in range(n):
-        i = active[k]
-        back[i] = _row(W[i], d, lr * h[i], keep, bound) * φ[i]
-
-# %% ../nbs/api/27_active.ipynb #515dbe17
 @compiled
 def _weights(θ, table, l):
     m, _, p, w, b = table[l]
     return θ[w:b].reshape(m, p), θ[b:b + p]
+
+@compiled
+def _one(b): return b.reshape(1, len(b))
 
 @compiled
 def _sgd(θ, table, x, labels, values, squared, kind, slope, lr, keep, bounds, losses, logits):
@@ -157,6 +150,7 @@ def _sgd(θ, table, x, labels, values, squared, kind, slope, lr, keep, bounds, l
     L, most = len(table), max(x.shape[1], table[:, 2].max())
     h, φ, d = np.zeros((L + 1, most), θ.dtype), np.zeros((L + 1, most), θ.dtype), np.zeros((2, most), θ.dtype)
     active, n = np.zeros((L, most + 1), np.int64), np.zeros(L, np.int64)
+    ones, zero = np.ones(1, θ.dtype), np.zeros(1, np.int64)
     for t in range(len(x)):
         h[0, :x.shape[1]] = x[t]
         for l in range(L):
@@ -168,7 +162,11 @@ def _sgd(θ, table, x, labels, values, squared, kind, slope, lr, keep, bounds, l
         losses[t] = _loss(h[L, :p], K, labels[t], values[t], squared, d[L % 2, :p])
         for l in range(L - 1, -1, -1):
             W, b = _weights(θ, table, l)
-            _learn(W, b, h[l], φ[l], active[l], n[l], d[(l + 1) % 2, :len(b)], d[l % 2], l == 0, lr, keep, bounds[l])
+            e, back = d[(l + 1) % 2, :len(b)], d[l % 2]
+            _step(_one(b), e, ones, zero, 1, lr, keep, bounds[l])
+            back[:] = 0
+            if l: _step_back(W, e, h[l], φ[l], active[l], n[l], lr, keep, bounds[l], back)
+            else: _step(W, e, h[l], active[l], n[l], lr, keep, bounds[l])
         if t == 0: _clip(θ, table, bounds)
 
 @compiled
@@ -179,32 +177,35 @@ def _clip(θ, table, bounds):
 
 # %% ../nbs/api/27_active.ipynb #df1a0e4f
 @compiled(fastmath=fused)
-def _adam_row(w, m, v, d, a, how, c, ε, xn, z):
-    "Adam's step of a row of weights with the slopes a·d; what they give to the next example's z"
+def _adam_first(W, M, V, d, x, how, c, ε, after, z):
+    "Adam's step with the slopes x_i·d; z += what the new rows give to the next example `after`"
     wd, keep, new1, β2, new2, bound = how[0], how[1], how[2], how[3], how[4], how[5]
-    for j in range(len(w)):
-        g = a * d[j] + wd * w[j]
-        mj = m[j] + new1 * (g - m[j]); vj = β2 * v[j] + new2 * (g * g)
-        u = keep * w[j] - c * mj / (np.sqrt(vj) + ε)
-        u = bound if u > bound else u
-        u = -bound if u < -bound else u
-        m[j] = mj; v[j] = vj; w[j] = u
-        z[j] += xn * u
+    for i in range(len(W)):
+        w, m, v, a, xn = W[i], M[i], V[i], x[i], after[i]
+        for j in range(len(d)):
+            g = a * d[j] + wd * w[j]
+            mj = m[j] + new1 * (g - m[j]); vj = β2 * v[j] + new2 * (g * g)
+            u = keep * w[j] - c * mj / (np.sqrt(vj) + ε)
+            u = bound if u > bound else u
+            u = -bound if u < -bound else u
+            m[j] = mj; v[j] = vj; w[j] = u
+            z[j] += xn * u
 
 @compiled(fastmath=dots)
-def _adam_dot(w, m, v, d, a, how, c, ε):
-    "Adam's step of a row of weights with the slopes a·d; the old w·d"
+def _adam_back(W, M, V, d, h, how, c, ε, φ, back):
+    "Adam's step with the slopes h_i·d; back = φ′ ∘ W d with the old W"
     wd, keep, new1, β2, new2, bound = how[0], how[1], how[2], how[3], how[4], how[5]
-    s = w.dtype.type(0)
-    for j in range(len(w)):
-        s += w[j] * d[j]
-        g = a * d[j] + wd * w[j]
-        mj = m[j] + new1 * (g - m[j]); vj = β2 * v[j] + new2 * (g * g)
-        u = keep * w[j] - c * mj / (np.sqrt(vj) + ε)
-        u = bound if u > bound else u
-        u = -bound if u < -bound else u
-        m[j] = mj; v[j] = vj; w[j] = u
-    return s
+    for i in range(len(W)):
+        w, m, v, a, s = W[i], M[i], V[i], h[i], d.dtype.type(0)
+        for j in range(len(d)):
+            s += w[j] * d[j]
+            g = a * d[j] + wd * w[j]
+            mj = m[j] + new1 * (g - m[j]); vj = β2 * v[j] + new2 * (g * g)
+            u = keep * w[j] - c * mj / (np.sqrt(vj) + ε)
+            u = bound if u > bound else u
+            u = -bound if u < -bound else u
+            m[j] = mj; v[j] = vj; w[j] = u
+        back[i] = s * φ[i]
 
 # %% ../nbs/api/27_active.ipynb #231e4ce6
 @compiled
@@ -212,7 +213,7 @@ def _adam(θ, m, v, table, x, labels, values, squared, kind, slope, pace, hows, 
     "Learn from the examples x [n, in] in order"
     L, most = len(table), max(x.shape[1], table[:, 2].max())
     h, φ, d = np.zeros((L + 1, most), θ.dtype), np.zeros((L + 1, most), θ.dtype), np.zeros((2, most), θ.dtype)
-    active = np.arange(most); one, nought = θ.dtype.type(1), θ.dtype.type(0); spare = np.zeros(most, θ.dtype)
+    active, spare, ones, none = np.arange(most), np.zeros(most, θ.dtype), np.ones(1, θ.dtype), np.zeros(1, θ.dtype)
     for t in range(len(x)):
         h[0, :x.shape[1]] = x[t]
         for l in range(L):
@@ -225,14 +226,12 @@ def _adam(θ, m, v, table, x, labels, values, squared, kind, slope, pace, hows, 
         for l in range(L - 1, -1, -1):
             (W, b), (Mw, Mb), (Vw, Vb) = _weights(θ, table, l), _weights(m, table, l), _weights(v, table, l)
             e, back, how = d[(l + 1) % 2, :len(b)], d[l % 2], hows[l]
-            _adam_row(b, Mb, Vb, e, one, how, pace[t, 2*l + 1, 0], pace[t, 2*l + 1, 1], nought, spare)
+            _adam_first(_one(b), _one(Mb), _one(Vb), e, ones, how, pace[t, 2*l + 1, 0], pace[t, 2*l + 1, 1], none, spare)
             c, ε = pace[t, 2*l, 0], pace[t, 2*l, 1]
-            if l:
-                back[:] = nought
-                for i in range(len(W)): back[i] = _adam_dot(W[i], Mw[i], Vw[i], e, h[l, i], how, c, ε) * φ[l, i]
+            if l: _adam_back(W, Mw, Vw, e, h[l], how, c, ε, φ[l], back)
             else:
-                spare[:len(b)] = b; after = x[min(t + 1, len(x) - 1)]
-                for i in range(len(W)): _adam_row(W[i], Mw[i], Vw[i], e, h[0, i], how, c, ε, after[i], spare)
+                spare[:len(b)] = b
+                _adam_first(W, Mw, Vw, e, h[0], how, c, ε, x[min(t + 1, len(x) - 1)], spare)
 
 # %% ../nbs/api/27_active.ipynb #667fd550
 class Active:
