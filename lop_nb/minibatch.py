@@ -249,15 +249,23 @@ def _count(self:Batches, adam, steps):
 
 # %% ../nbs/api/28_minibatch.ipynb #236ef9bc
 @patch
-def _targets(self:Batches, x, y):
-    "x, labels [R, n] and targets [R, n, K] as arrays, one of the two empty; `LopError` if they don't fit the networks"
-    K, dtype = int(self.sizes[-1]), self.layers[0][0].dtype
-    if x.shape[::2] != (len(self.job.nets), self.sizes[0]): raise LopError(f"The networks are {len(self.job.nets)} and have {self.sizes[0]} inputs; they were given {list(x.shape)}. Pass [replicas, examples, inputs].")
-    x, empty = x.to(dtype).contiguous().numpy(), np.empty((0, 0, K), x.numpy().dtype)
-    if self.job.loss == "squared": return x, np.empty((0, 0), np.int64), y.to(dtype).reshape(*y.shape[:2], K).contiguous().numpy()
+def _check(self:Batches, x, y):
+    "`LopError` if the block does not fit the networks"
+    R, n, K = len(self.job.nets), x.shape[1], int(self.sizes[-1])
+    if x.shape != (R, n, self.sizes[0]): raise LopError(f"The networks are {R} and have {self.sizes[0]} inputs; they were given {list(x.shape)}. Pass [replicas, examples, inputs].")
+    wanted = (R, n, K) if self.job.loss == "squared" and K + y.ndim > 3 else (R, n)
+    if y.shape != wanted: raise LopError(f"The targets of these examples are {list(wanted)}; they were given {list(y.shape)}.")
+    if self.job.loss == "squared": return
     low, high = y.aminmax()
     if low < 0 or high >= K: raise LopError(f"The labels are {low} to {high}, and the networks have {K} outputs: labels count from 0 to {K - 1}.")
-    return x, y.contiguous().numpy(), empty
+
+@patch
+def _arrays(self:Batches, x, y):
+    "x, labels [R, n] and targets [R, n, K] as arrays, one of the two empty"
+    dtype, K = self.layers[0][0].dtype, int(self.sizes[-1])
+    x = x.detach().to(dtype).contiguous(); none = np.empty((0, 0, K), x.numpy().dtype)
+    if self.job.loss != "squared": return x.numpy(), y.long().contiguous().numpy(), none
+    return x.numpy(), np.empty((0, 0), np.int64), y.detach().to(dtype).reshape(*y.shape[:2], K).contiguous().numpy()
 
 # %% ../nbs/api/28_minibatch.ipynb #076425eb
 @patch
@@ -266,7 +274,8 @@ def __call__(self:Batches,
     y  # int64 [R, n]; or float [R, n, …], one for each output, for the squared loss
 ):     # losses [R, n], logits [R, n, K]: of each example, before the step it belongs to
     "Train on all batches of the block, in order"
-    (adam, hyper), (x, y, targets) = self._hyper(), self._targets(x, y)
+    self._check(x, y)
+    (adam, hyper), (x, y, targets) = self._hyper(), self._arrays(x, y)
     where, ages = self._where(adam, hyper[1])
     R, n = x.shape[:2]; B, clip = self.job.batch_size, self.job.inside.get("weight_clipping")
     limits = (clip.bound if clip else math.inf) / np.sqrt(self.sizes[:-1])
