@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lop_nb.compose import compose
-from lop_nb.config import SGD, Adam
+from lop_nb.config import SGD
 from lop_nb.data import load
 from lop_nb.experiments import intervention_kinds, make_interventions
 from lop_nb.learner import Callback, Learner
