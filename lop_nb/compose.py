@@ -159,7 +159,7 @@ ranges = dict(
 choices = dict(
     dataset=dict(normalize=["standardize", "unit", "raw255"]), passage=dict(how=["none", "inputs", "labels", "sampling"]),
     optimizer=dict(implementation=["foreach", "fused"], noise_per=["entry", "tensor"]),
-    training=dict(strategy=["loop", "vmap"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),
+    training=dict(engine=["auto", "torch", "vmap", "compile", "numba"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),
     metrics=dict(probe_split=["train", "val", "test"], other_tasks=["none", "past", "all"], normality=["shapiro", "ks", "anderson", "kurtosis"]))
 
 # %% ../nbs/api/03_compose.ipynb #68de3c83

@@ -270,7 +270,7 @@ class TrainingConfig:
     head_state: str = "reset"            # the optimizer's memory of a head that is reset: reset, keep
     reset: bool = False                  # fresh networks at each task
     early_stopping: int = 0              # epochs without a better validation loss before a task ends; 0: never
-    strategy: str = "loop"               # loop, vmap: how the replicas advance
+    engine: str = "auto"                 # who makes the steps: auto, torch, vmap, compile, numba (see `engines`)
     device: Optional[str] = None         # None: the best there is
     threads: int = 1                     # of one operation
 

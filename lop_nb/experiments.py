@@ -25,6 +25,7 @@ from .augment import recipe
 from .checkpoints import Checkpoint, EarlyStopping, Snapshots, load_checkpoint
 from .config import settings, sizes
 from .data import load
+from .engines import choose
 from .interventions import ContinualBackprop, L2Init
 from .learner import Evaluate, Learner, Online, Progress
 from .models import make_model
@@ -52,7 +53,7 @@ def make_stream(cfg, data):
 def make_network(cfg, shape, num_classes): return make_model(cfg.model, SimpleNamespace(shape=tuple(shape), num_classes=num_classes))
 
 def make_replicas(cfg, shape, num_classes, device="cpu"):
-    return Replicas(lambda: make_network(cfg, shape, num_classes), seeds(cfg), cfg.training.strategy, device)
+    return Replicas(lambda: make_network(cfg, shape, num_classes), seeds(cfg), device=device)
 
 # %% ../nbs/api/41_experiments.ipynb #5db6469e
 def make_monitor(m): return Monitor(**{k: v for k, v in settings(m).items() if k != "other_tasks"})
@@ -94,7 +95,7 @@ def make_learner(
     nets = make_replicas(cfg, data.shape, stream.num_classes, data.train.x.device)
     augment = None if t.no_augment else recipe(data.name)
     return Learner(nets, stream, cfg.optimizer, t.epochs, t.batch_size, [*make_callbacks(cfg, arm), *keepers(cfg, arm, folder)], augment, t.reset, t.head_reset, t.head_state,
-                   store, arm, defaults=())
+                   t.engine, store, arm, defaults=())
 
 def make_callbacks(cfg, arm):
     "What measures and intervenes"
@@ -149,7 +150,9 @@ def plan(cfg): # (data, a learner for each arm): everything is built, nothing is
     "What a study will do; what can't be built is refused here"
     verify(cfg); torch.set_num_threads(cfg.training.threads); torch.backends.cudnn.deterministic = True
     data = make_data(cfg, pick_device(cfg.training.device))
-    return data, [make_learner(cfg, arm, data) for arm in cfg.intervention.arms]
+    learners = [make_learner(cfg, arm, data) for arm in cfg.intervention.arms]
+    for l in learners: l.task = l.stream[0]; choose(l)
+    return data, learners
 
 def run_study(
     cfg,   # a composed config
