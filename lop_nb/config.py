@@ -10,7 +10,8 @@ __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'Data
            'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'PassageConfig', 'Adam',
            'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig', 'L2InitConfig', 'WeightClippingConfig',
            'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'InterventionConfig', 'TrainingConfig', 'MetricsConfig',
-           'LoggingConfig', 'Config', 'streams', 'options', 'published', 'vgg', 'presets', 'register', 'settings']
+           'LoggingConfig', 'Config', 'streams', 'options', 'published', 'streaming', 'vgg', 'presets', 'register',
+           'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -24,12 +25,14 @@ class MLPConfig:
     "A fully connected network"
     name: str = "mlp"
     hidden_sizes: list[int] = field(default_factory=lambda: [128]*5)
-    activation: str = "relu"             # relu, leaky_relu, tanh, sigmoid, gelu, elu, selu, none
+    activation: str = "relu"             # relu, leaky_relu, tanh, sigmoid, gelu, elu, selu, swish, none
     dropout_p: float = .2
     normalization: str = "batch"         # none, batch, layer, group, instance
     norm_after_activation: bool = False
     normalization_affine: bool = True    # a gain and a shift for each unit?
     bias: bool = True
+    negative_slope: float = .1           # of leaky_relu, in every network
+    init: str = "torch"                  # torch: torch's own; kaiming: uniform with the activation's gain, biases zero
 
 # %% ../nbs/api/02_config.ipynb #bfa77420
 @dataclass
@@ -90,7 +93,7 @@ class DatasetConfig:
     img_size: int = 8
     input_size: int = 64
     num_classes: int = 10
-    normalize: str = "standardize"       # raw255, unit, standardize
+    normalize: str = "standardize"       # raw255, unit, symmetric, standardize
     val: float = .1                      # share of train
     examples_per_class: Optional[int] = None # at most so many of each class in each split; None: all
     root: Optional[str] = None           # None: LOP_DATA, else the platform's cache folder
@@ -101,6 +104,8 @@ class PermutedPixelsConfig:
     name: str = "permuted_pixels"
     tasks: int = 50
     first_permuted: bool = True          # is the first task shuffled too?
+    pool: str = "train"                  # where a task's examples come from: train; all: train, val and test in one
+    examples: Optional[int] = None       # of each task, drawn without repetition; None: all of the pool
 
 # %% ../nbs/api/02_config.ipynb #4445494a
 @dataclass
@@ -123,6 +128,8 @@ class PermutedLabelsConfig:
     "Each task renames the classes"
     name: str = "permuted_labels"
     tasks: int = 20
+    pool: str = "train"                  # as for permuted pixels
+    examples: Optional[int] = None
 
 @dataclass
 class RotatedInputsConfig:
@@ -363,12 +370,14 @@ def options()->dict:
         stream=streams() | dict(all_classes=ClassSplitConfig(tasks=None, classes_per_task=None)),
         passage={how: PassageConfig(how=how) for how in ("none", "inputs", "labels", "sampling")},
         optimizer=dict(adam=Adam(), adamw=AdamW(), sgd=SGD(), rmsprop=RMSprop(), noisysgd=NoisySGD(), digits_adam=Adam(lr=1e-2)),
-        training=dict(digits=TrainingConfig(), continual=published(), standard=published()),
+        training=dict(digits=TrainingConfig(), continual=published(), standard=published(), streaming=streaming()),
         metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
         intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(),
                           **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping", "shrink_and_perturb", "online_norm")}))
 
 def published(): return TrainingConfig(epochs=20, batch_size=128, head_reset="zero")
+
+def streaming(): return TrainingConfig(epochs=1, batch_size=1, no_augment=True)   # each example once, alone, as it is
 
 def vgg(): return CNNConfig(conv_channels=[64, 64, 128, 128, 256, 256, 512, 512], pool_size=[1, 2]*4, fc_hidden_units=[4096, 4096], dropout_p=.5, normalization="none")
 

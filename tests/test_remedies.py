@@ -188,10 +188,16 @@ def test_evaluation_sees_inputs_on_the_same_scale(tmp_path):
     accuracy = run.records.query("metric == 'test_accuracy'").groupby(["run", "replica"]).value.mean()
     assert accuracy["online_norm"].min() > .7
     nets, stream = run.replicas["online_norm"], PermutedPixels(DATA, tasks=1, normalize="raw255").seeded([42, 43])
-    again = evaluate(nets, stream[0], stream[0].test)["accuracy"]
-    assert again.tolist() == pytest.approx(accuracy["online_norm"].tolist(), abs=1e-7)
-    nets.standardize(torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8), float("inf"))      # as if there were no such thing
-    assert evaluate(nets, stream[0], stream[0].test)["accuracy"].max() < .5
+    every = lambda view: view.fetch(torch.arange(view.n).expand(2, -1))[0].double()
+    seen = every(stream[0].train)                                          # six times, each example as often as any other
+    z = ((every(stream[0].test) - seen.mean(1, keepdim=True)) / seen.std(1, correction=0, keepdim=True)).nan_to_num(0, 10, -10).clamp(-10, 10)
+    plain = Replicas(nets.make_model, [42, 43])
+    with torch.no_grad():
+        for k, p in plain.params.items(): p.copy_(nets.params[k])
+    with plain.evaluating(), nets.evaluating():
+        want, x = plain(z.float()), every(stream[0].test).float()
+        assert (nets(x) - want).abs().max() < 1e-3 < .1 < (plain(x) - want).abs().max()
+    assert evaluate(nets, stream[0], stream[0].test)["accuracy"].tolist() == pytest.approx(accuracy["online_norm"].tolist(), abs=1e-7)
 
 
 def test_fresh_networks_keep_the_scale():
@@ -202,7 +208,6 @@ def test_fresh_networks_keep_the_scale():
 
 ARMS = dict(weight_clipping=lambda: [WeightClipping(.8)], each_step=lambda: [ShrinkAndPerturb()], fresh_each_step=lambda: [ShrinkAndPerturb(.99, .01, "step", True)],
             each_task=lambda: [ShrinkAndPerturb(.6, .01, "task")], online_norm=lambda: [OnlineNormalization()])
-N = 3 * 41   # steps
 
 
 class Stop(Callback):
@@ -224,7 +229,7 @@ def whole(tmp_path_factory):
 def all_of(learner): return learner.replicas.params | learner.replicas.buffers
 
 
-@pytest.mark.parametrize("step", [1, 17, 41, 42, 2*41 + 5, N])
+@pytest.mark.parametrize("step", [1, 41, 2*41 + 5])
 @pytest.mark.parametrize("arm", ARMS)
 def test_stopped_anywhere(arm, step, tmp_path, whole):
     first = run_of(arm, tmp_path, step)
