@@ -153,7 +153,7 @@ ranges = dict(
     metrics=dict(every="[1, ∞)", epochs="[1, ∞)", probe_size="[1, ∞)", dead_threshold="[0, 1]", duplicate_threshold="[0, 1]",
                  dead_size="[0, ∞)", dormant_threshold="[0, 1]", flat_slope="[0, ∞)", saturated_threshold="[0, 1]", gradient_ratio="[0, ∞)", missing_mass="(0, 1)", normality_rows="[3, 5000]", histogram_edges="(0, ∞)"),
     intervention={"l2_init.weight": "[0, ∞)", "continual_backprop.replacement_rate": "[0, 1]", "continual_backprop.decay": "[0, 1)", "continual_backprop.maturity_threshold": "[0, ∞)",
-                  "weight_clipping.bound": "(0, ∞)"},
+                  "weight_clipping.bound": "(0, ∞)", "shrink_and_perturb.shrink": "[0, 1]", "shrink_and_perturb.noise": "[0, ∞)", "online_norm.limit": "(0, ∞)"},
     logging=dict(checkpoint_seconds="[0, ∞)", snapshot_tasks="[1, ∞)"))
 
 choices = dict(
@@ -161,6 +161,7 @@ choices = dict(
     dataset=dict(normalize=["standardize", "symmetric", "unit", "raw255"]), passage=dict(how=["none", "inputs", "labels", "sampling"]),
     optimizer=dict(implementation=["foreach", "fused"], noise_per=["entry", "tensor"]),
     training=dict(engine=["auto", "torch", "vmap", "compile", "numba"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),
+    intervention={"shrink_and_perturb.when": ["step", "task"]},
     metrics=dict(probe_split=["train", "val", "test"], other_tasks=["none", "past", "all"], normality=["shapiro", "ks", "anderson", "kurtosis"]))
 
 # %% ../nbs/api/03_compose.ipynb #68de3c83
@@ -183,7 +184,7 @@ def check(cfg):
             if not all(inside(x, interval) for x in _numbers(v)): raise LopError(f"{group}.{key}={v} is out of range: it must lie in {interval}.")
     for group, keys in choices.items():
         for key, legal in keys.items():
-            if key in cfg[group]: one_of(f"{group}.{key}", cfg[group][key], legal)
+            if (word := OmegaConf.select(cfg, f"{group}.{key}")) is not None: one_of(f"{group}.{key}", word, legal)
     _check_arms(cfg.intervention)
     if cfg.optimizer.name in ("adam", "adamw") and len(cfg.optimizer.betas) != 2: raise LopError(f"optimizer.betas={cfg.optimizer.betas}: {cfg.optimizer.name} has two, for example [0.9,0.999].")
     if not cfg.dataset.val and cfg.training.early_stopping: raise LopError(f"training.early_stopping={cfg.training.early_stopping} needs a validation split: set dataset.val above 0.")

@@ -9,8 +9,9 @@ __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'Data
            'ClassSplitConfig', 'RandomLabelsConfig', 'PermutedLabelsConfig', 'RotatedInputsConfig', 'BinaryPairsConfig',
            'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'PassageConfig', 'Adam',
            'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig', 'L2InitConfig', 'WeightClippingConfig',
-           'InterventionConfig', 'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options',
-           'published', 'streaming', 'vgg', 'presets', 'register', 'settings']
+           'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'InterventionConfig', 'TrainingConfig', 'MetricsConfig',
+           'LoggingConfig', 'Config', 'streams', 'options', 'published', 'streaming', 'vgg', 'presets', 'register',
+           'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -254,6 +255,19 @@ class WeightClippingConfig:
     bound: float = 1.                    # κ; 1: the range of torch's initial weights
     norms: bool = False                  # the gains and shifts of normalisation layers too, as the reference code does?
 
+@dataclass
+class ShrinkAndPerturbConfig:
+    "Shrink and perturb: θ ← λθ + σε (Ash & Adams, 2020)"
+    shrink: float = .999                 # λ
+    noise: float = 1e-3                  # σ
+    when: str = "step"                   # step: after each; task: before each task but the first
+    fresh: bool = False                  # ε: standard normal, or the weights of a fresh network?
+
+@dataclass
+class OnlineNormConfig:
+    "Inputs less their mean, by their standard deviation, over the stream so far"
+    limit: float = 10.                   # standard deviations at which an input is cut
+
 # %% ../nbs/api/02_config.ipynb #95cabace
 @dataclass
 class InterventionConfig:
@@ -262,6 +276,8 @@ class InterventionConfig:
     continual_backprop: ContinualBackpropConfig = field(default_factory=ContinualBackpropConfig)
     l2_init: L2InitConfig = field(default_factory=L2InitConfig)
     weight_clipping: WeightClippingConfig = field(default_factory=WeightClippingConfig)
+    shrink_and_perturb: ShrinkAndPerturbConfig = field(default_factory=ShrinkAndPerturbConfig)
+    online_norm: OnlineNormConfig = field(default_factory=OnlineNormConfig)
 
 # %% ../nbs/api/02_config.ipynb #e1a03899
 @dataclass
@@ -357,7 +373,7 @@ def options()->dict:
         training=dict(digits=TrainingConfig(), continual=published(), standard=published(), streaming=streaming()),
         metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
         intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(),
-                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping")}))
+                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping", "shrink_and_perturb", "online_norm")}))
 
 def published(): return TrainingConfig(epochs=20, batch_size=128, head_reset="zero")
 
