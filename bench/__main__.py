@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import bits, core, show
+from . import batches, bits, core, online, show
 
-FAMILIES = [bits]
+FAMILIES = [bits, online, batches]
 
 
 def rows(quick): return {k: make for family in FAMILIES for k, make in family.rows(quick).items()}

@@ -5,8 +5,6 @@ the table of the 32 inputs that there are between two flips, which is how the le
 """
 from functools import partial
 
-import torch
-
 from lop_nb.bitflips import BitFlips
 from lop_nb.config import SGD
 from lop_nb.learner import Learner

@@ -35,7 +35,7 @@ class Row:
     what: str                                   # the work, in words
     ways: dict                                  # {name: Way}; the first is the plain one
     goals: dict = field(default_factory=dict)   # {(way, other way, or "limit"): least ratio}
-    limit: object = None                        # made -> (units per second, in words): what the machine could do; `made` is {name: run}
+    limit: object = None                        # {name: run} -> (units per second, in words): what the machine could do; asked in each round
     unit: str = "examples/s"
     note: str = ""                              # what to know about the figures
 
@@ -100,22 +100,24 @@ def measure(row, rounds, seconds):
     "The row's report, for JSON"
     made, report = prepare(row)
     for run, n in made.values(): lap(run, n, seconds / 2)
-    laps = {k: [] for k in made}
+    laps, bounds = {k: [] for k in made}, []
     for _ in range(rounds):
         for k, (run, n) in made.items(): laps[k].append(lap(run, n, seconds))
+        if row.limit and "ours" in made: bounds.append(row.limit({k: run for k, (run, _) in made.items()}))
     cpu = {k: [c for c, _ in v] for k, v in laps.items()}
-    for k, v in laps.items():
-        report[k] |= dict(rate=statistics.median(cpu[k]), low=min(cpu[k]), high=max(cpu[k]), wall_rate=statistics.median(w for _, w in v))
-    out = dict(name=row.name, what=row.what, unit=row.unit, note=row.note, rounds=rounds, seconds=seconds, ways=report, limit=None)
-    if row.limit and len(made) == len(row.ways) or row.limit and "ours" in made:
-        rate, words = row.limit({k: run for k, (run, _) in made.items()}); out["limit"] = dict(rate=rate, what=words); cpu["limit"] = [rate]*rounds
-    return out | dict(ratios=ratios(row, cpu))
+    for k, v in laps.items(): report[k] |= spread(cpu[k]) | dict(wall_rate=statistics.median(w for _, w in v))
+    if bounds: cpu["limit"] = [rate for rate, _ in bounds]
+    limit = spread(cpu["limit"]) | dict(what=bounds[-1][1]) if bounds else None
+    return dict(name=row.name, what=row.what, unit=row.unit, note=row.note, rounds=rounds, seconds=seconds, ways=report, limit=limit, ratios=ratios(row, cpu))
+
+
+def spread(rates): return dict(rate=statistics.median(rates), low=min(rates), high=max(rates))
 
 
 def ratios(row, cpu):
-    "Every way over the plain one, and the pairs that have a goal"
-    plain = next(iter(row.ways))
-    pairs = {(k, plain): None for k in cpu if k not in (plain, "limit")} | {p: None for p in row.goals}
+    "Every way over the plain one, ours over the peers and the limit, and the pairs that have a goal"
+    plain, others = next(iter(row.ways)), [k for k, w in row.ways.items() if w.role == "peer"] + ["limit"]
+    pairs = {(k, plain): None for k in cpu if k not in (plain, "limit")} | {("ours", k): None for k in others} | {p: None for p in row.goals}
     return [ratio(a, b, cpu, row.goals.get((a, b))) for a, b in pairs if a in cpu and b in cpu]
 
 

@@ -95,7 +95,7 @@ class ContinualBackprop:
 
 
 def numbered(schedule, steps, fresh):
-    due, number = [schedule.due() for _ in range(steps)], -1
+    due = [schedule.due() for _ in range(steps)]
     assert max(due) <= 1, "at most one unit of a layer in a step"
     return np.where(due, np.cumsum(due) % fresh, -1).astype("int32")
 

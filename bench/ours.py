@@ -2,13 +2,13 @@
 
 All ways of a row begin with the same weights, drawn here as the published code draws them (Kaiming uniform, zero biases).
 """
-from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lop_nb.interventions import ContinualBackprop
 from lop_nb.kernels import Cannot, Job
@@ -30,7 +30,11 @@ def he(sizes, R, seed=0):
     return [((rng.uniform(-1, 1, (R, sizes[i + 1], sizes[i])) * bound(i)).astype("float32"), np.zeros((R, sizes[i + 1]), "float32")) for i in range(last + 1)]
 
 
-def make_net(sizes, act="relu"): return MLP(sizes[0], sizes[-1], hidden_sizes=list(sizes[1:-1]), activation=act, normalization="none", dropout_p=0.)
+def make_net(sizes, act="relu"):
+    net = MLP(sizes[0], sizes[-1], hidden_sizes=list(sizes[1:-1]), activation=act, normalization="none", dropout_p=0.)
+    for m in net.children():
+        if isinstance(m, nn.LeakyReLU): m.negative_slope = .01
+    return net
 
 
 def nets_of(sizes, weights, act="relu", strategy="loop"):
@@ -73,8 +77,8 @@ def family(name, job):
 
 
 def fused(kernel, blocks):
-    "run() for a kernel and [(x, y), …], one block a call"
-    turn = Turn(blocks)
+    "run() for a kernel and [(x, y), …] or a function that gives the next: one block a call"
+    turn = blocks if callable(blocks) else Turn(blocks)
     def run():
         with flush_denormals(): return kernel(*turn())[0]
     run.kernel = kernel
@@ -91,7 +95,7 @@ class Turn:
 
 def torch_steps(job, blocks):
     "run(): the same steps by torch on stacked replicas, as the learner's torch engine takes them"
-    turn, cs = Turn(blocks), list(job.inside.values())
+    turn, cs = blocks if callable(blocks) else Turn(blocks), list(job.inside.values())
     reads = tuple(n for c in cs for n in c.reads)
     def step(x, y):
         out, seen = job.nets(x, reads) if reads else (job.nets(x), {})
