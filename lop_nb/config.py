@@ -8,9 +8,9 @@ Docs: https://lop-nb.github.io/lop_nb/api/config.html.md"""
 __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'DatasetConfig', 'PermutedPixelsConfig',
            'ClassSplitConfig', 'RandomLabelsConfig', 'PermutedLabelsConfig', 'RotatedInputsConfig', 'BinaryPairsConfig',
            'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'PassageConfig', 'Adam',
-           'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig', 'L2InitConfig', 'InterventionConfig',
-           'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options', 'published', 'vgg',
-           'presets', 'register', 'settings']
+           'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig', 'L2InitConfig', 'WeightClippingConfig',
+           'InterventionConfig', 'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options',
+           'published', 'streaming', 'vgg', 'presets', 'register', 'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -24,12 +24,14 @@ class MLPConfig:
     "A fully connected network"
     name: str = "mlp"
     hidden_sizes: list[int] = field(default_factory=lambda: [128]*5)
-    activation: str = "relu"             # relu, leaky_relu, tanh, sigmoid, gelu, elu, selu, none
+    activation: str = "relu"             # relu, leaky_relu, tanh, sigmoid, gelu, elu, selu, swish, none
     dropout_p: float = .2
     normalization: str = "batch"         # none, batch, layer, group, instance
     norm_after_activation: bool = False
     normalization_affine: bool = True    # a gain and a shift for each unit?
     bias: bool = True
+    negative_slope: float = .1           # of leaky_relu, in every network
+    init: str = "torch"                  # torch: torch's own; kaiming: uniform with the activation's gain, biases zero
 
 # %% ../nbs/api/02_config.ipynb #bfa77420
 @dataclass
@@ -90,7 +92,7 @@ class DatasetConfig:
     img_size: int = 8
     input_size: int = 64
     num_classes: int = 10
-    normalize: str = "standardize"       # raw255, unit, standardize
+    normalize: str = "standardize"       # raw255, unit, symmetric, standardize
     val: float = .1                      # share of train
     examples_per_class: Optional[int] = None # at most so many of each class in each split; None: all
     root: Optional[str] = None           # None: LOP_DATA, else the platform's cache folder
@@ -101,6 +103,8 @@ class PermutedPixelsConfig:
     name: str = "permuted_pixels"
     tasks: int = 50
     first_permuted: bool = True          # is the first task shuffled too?
+    pool: str = "train"                  # where a task's examples come from: train; all: train, val and test in one
+    examples: Optional[int] = None       # of each task, drawn without repetition; None: all of the pool
 
 # %% ../nbs/api/02_config.ipynb #4445494a
 @dataclass
@@ -123,6 +127,8 @@ class PermutedLabelsConfig:
     "Each task renames the classes"
     name: str = "permuted_labels"
     tasks: int = 20
+    pool: str = "train"                  # as for permuted pixels
+    examples: Optional[int] = None
 
 @dataclass
 class RotatedInputsConfig:
@@ -242,6 +248,12 @@ class L2InitConfig:
     "L2-Init: pull the parameters to where they began (Kumar et al., 2023)"
     weight: float = 1e-2                 # λ in L + λ‖θ − θ₀‖²
 
+@dataclass
+class WeightClippingConfig:
+    "Weight clipping: no weight leaves ±κ/√fan_in of its layer (Elsayed et al., 2024)"
+    bound: float = 1.                    # κ; 1: the range of torch's initial weights
+    norms: bool = False                  # the gains and shifts of normalisation layers too, as the reference code does?
+
 # %% ../nbs/api/02_config.ipynb #95cabace
 @dataclass
 class InterventionConfig:
@@ -249,6 +261,7 @@ class InterventionConfig:
     arms: list[str] = field(default_factory=lambda: ["backprop", "continual_backprop", "l2_init"])
     continual_backprop: ContinualBackpropConfig = field(default_factory=ContinualBackpropConfig)
     l2_init: L2InitConfig = field(default_factory=L2InitConfig)
+    weight_clipping: WeightClippingConfig = field(default_factory=WeightClippingConfig)
 
 # %% ../nbs/api/02_config.ipynb #e1a03899
 @dataclass
@@ -263,7 +276,7 @@ class TrainingConfig:
     head_state: str = "reset"            # the optimizer's memory of a head that is reset: reset, keep
     reset: bool = False                  # fresh networks at each task
     early_stopping: int = 0              # epochs without a better validation loss before a task ends; 0: never
-    strategy: str = "loop"               # loop, vmap: how the replicas advance
+    engine: str = "auto"                 # who makes the steps: auto, torch, vmap, compile, numba (see `engines`)
     device: Optional[str] = None         # None: the best there is
     threads: int = 1                     # of one operation
 
@@ -341,12 +354,14 @@ def options()->dict:
         stream=streams() | dict(all_classes=ClassSplitConfig(tasks=None, classes_per_task=None)),
         passage={how: PassageConfig(how=how) for how in ("none", "inputs", "labels", "sampling")},
         optimizer=dict(adam=Adam(), adamw=AdamW(), sgd=SGD(), rmsprop=RMSprop(), noisysgd=NoisySGD(), digits_adam=Adam(lr=1e-2)),
-        training=dict(digits=TrainingConfig(), continual=published(), standard=published()),
+        training=dict(digits=TrainingConfig(), continual=published(), standard=published(), streaming=streaming()),
         metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
         intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(),
-                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init")}))
+                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping")}))
 
 def published(): return TrainingConfig(epochs=20, batch_size=128, head_reset="zero")
+
+def streaming(): return TrainingConfig(epochs=1, batch_size=1, no_augment=True)   # each example once, alone, as it is
 
 def vgg(): return CNNConfig(conv_channels=[64, 64, 128, 128, 256, 256, 512, 512], pool_size=[1, 2]*4, fc_hidden_units=[4096, 4096], dropout_p=.5, normalization="none")
 
@@ -363,11 +378,31 @@ def _lop():
         metrics=dict(probe_split="test", probe_size=None, dead_threshold=1.))
 
 # %% ../nbs/api/02_config.ipynb #064df99d
+def _online(data="mnist", **kw):
+    return _choose(model="mlp", dataset=data, training="streaming", **dict(stream="permuted_pixels", intervention="compare") | kw)
+
+def _plain(*sizes, **kw): return dict(hidden_sizes=[*sizes], normalization="none", dropout_p=0.) | kw
+
+def _permuted(optimizer, stream, **cbp):
+    return _online(optimizer="sgd") | dict(
+        model=_plain(2000, 2000, 2000, init="kaiming"), dataset=dict(normalize="unit", val=0.), stream=dict(examples=60_000) | stream,
+        optimizer=dict(momentum=0.) | optimizer, metrics=dict(probe_size=2000),
+        intervention=dict(arms=["backprop", "continual_backprop"], continual_backprop=dict(utility="adaptable_contribution") | cbp))
+
+def _clipping(**stream):
+    return _online(optimizer="adam") | dict(
+        model=_plain(300, 150, activation="leaky_relu", negative_slope=.01), dataset=dict(normalize="symmetric", val=0.), stream=dict(tasks=300, examples=50_000) | stream,
+        optimizer=dict(lr=1e-4), metrics=dict(probe_size=2000), intervention=dict(arms=["backprop", "weight_clipping"]))
+
+# %% ../nbs/api/02_config.ipynb #c01e35e0
 def presets()->dict:
     "Published settings, for `+experiment=NAME`"
     pairs = dict(stream="class_split", optimizer="adam", training="continual", intervention="backprop")
     return {
         "tickets/lop": _lop(),
+        "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all")),
+        "permuted-mnist/nature": _permuted(dict(lr=1e-2), dict(tasks=800)),
+        "streaming/clipping": _clipping(),
         "mlp_mnist": _choose(model="mlp", dataset="mnist", **pairs) | dict(model=dict(hidden_sizes=[256, 128, 64]), optimizer=dict(lr=2e-3), training=dict(epochs=15, batch_size=64), metrics=dict(epochs=3)),
         "cnn_cifar10": _choose(model="cnn", dataset="cifar10", **pairs) | dict(model=dict(conv_channels=[32, 64, 128], fc_hidden_units=[256], dropout_p=.2)),
         "resnet_cifar10": _choose(model="resnet", dataset="cifar10", metrics="block_outputs", **pairs),

@@ -25,6 +25,7 @@ from .augment import recipe
 from .checkpoints import Checkpoint, EarlyStopping, Snapshots, load_checkpoint
 from .config import settings, sizes
 from .data import load
+from .engines import choose
 from .interventions import ContinualBackprop, L2Init
 from .learner import Evaluate, Learner, Online, Progress
 from .models import make_model
@@ -32,12 +33,13 @@ from .monitor import Monitor, OtherTasks, select
 from .optimizers import make_optimizer
 from .outcomes import outcome_table
 from .records import Records, read_records
+from .remedies import WeightClipping
 from .replicas import Replicas
 from .runtime import LopError, one_of, pick_device, write_atomic
 from .tracking import Wandb
 
 # %% ../nbs/api/41_experiments.ipynb #0221f9e7
-intervention_kinds = dict(continual_backprop=ContinualBackprop, l2_init=L2Init)
+intervention_kinds = dict(continual_backprop=ContinualBackprop, l2_init=L2Init, weight_clipping=WeightClipping)
 
 def seeds(cfg): return list(range(cfg.training.seed, cfg.training.seed + cfg.training.replicas))
 
@@ -51,7 +53,7 @@ def make_stream(cfg, data):
 def make_network(cfg, shape, num_classes): return make_model(cfg.model, SimpleNamespace(shape=tuple(shape), num_classes=num_classes))
 
 def make_replicas(cfg, shape, num_classes, device="cpu"):
-    return Replicas(lambda: make_network(cfg, shape, num_classes), seeds(cfg), cfg.training.strategy, device)
+    return Replicas(lambda: make_network(cfg, shape, num_classes), seeds(cfg), device=device)
 
 # %% ../nbs/api/41_experiments.ipynb #5db6469e
 def make_monitor(m): return Monitor(**{k: v for k, v in settings(m).items() if k != "other_tasks"})
@@ -66,8 +68,11 @@ def verify(
     with torch.device("meta"): net = make_network(cfg, (c, side, side), classes)
     if cfg.training.batch_size == 1 and any(isinstance(m, torch.nn.BatchNorm1d) for m in net.modules()):
         raise LopError("training.batch_size=1: batch normalisation has nothing to normalise over. Use batches of at least 2, or model.normalization=layer.")
-    if cfg.stream.name == "random_labels" and (cfg.training.early_stopping or cfg.metrics.probe_split != "train" or cfg.metrics.other_tasks != "none"):
-        raise LopError("stream=random_labels has no examples to generalise to: set training.early_stopping=0, metrics.probe_split=train and metrics.other_tasks=none.")
+    none_left = "stream.pool=all" if cfg.stream.get("pool") == "all" else "stream=random_labels" if cfg.stream.name == "random_labels" else None
+    if none_left and (cfg.training.early_stopping or cfg.metrics.probe_split != "train" or cfg.metrics.other_tasks != "none"):
+        raise LopError(f"{none_left} leaves no examples to generalise to: set training.early_stopping=0, metrics.probe_split=train and metrics.other_tasks=none.")
+    if cfg.passage.how in ("inputs", "labels") and cfg.stream.get("examples") and cfg.stream.name != "random_labels":
+        raise LopError(f"passage.how={cfg.passage.how} mixes an example with itself in another task, but with stream.examples={cfg.stream.examples} each task draws its own. Use passage=sampling, or stream.examples=null.")
     make_optimizer(cfg.optimizer, dict(w=torch.zeros(1, 1, requires_grad=True)), generators=[torch.Generator()])
     make_monitor(cfg.metrics)
     select(net, cfg.metrics.layers)
@@ -93,7 +98,7 @@ def make_learner(
     nets = make_replicas(cfg, data.shape, stream.num_classes, data.train.x.device)
     augment = None if t.no_augment else recipe(data.name)
     return Learner(nets, stream, cfg.optimizer, t.epochs, t.batch_size, [*make_callbacks(cfg, arm), *keepers(cfg, arm, folder)], augment, t.reset, t.head_reset, t.head_state,
-                   store, arm, defaults=())
+                   t.engine, store, arm, defaults=())
 
 def make_callbacks(cfg, arm):
     "What measures and intervenes"
@@ -148,7 +153,9 @@ def plan(cfg): # (data, a learner for each arm): everything is built, nothing is
     "What a study will do; what can't be built is refused here"
     verify(cfg); torch.set_num_threads(cfg.training.threads); torch.backends.cudnn.deterministic = True
     data = make_data(cfg, pick_device(cfg.training.device))
-    return data, [make_learner(cfg, arm, data) for arm in cfg.intervention.arms]
+    learners = [make_learner(cfg, arm, data) for arm in cfg.intervention.arms]
+    for l in learners: l.task = l.stream[0]; choose(l)
+    return data, learners
 
 def run_study(
     cfg,   # a composed config

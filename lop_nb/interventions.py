@@ -10,9 +10,12 @@ __all__ = ['utilities', 'new_norm', 'l2_init_gradient', 'L2Init', 'mean_units', 
 
 # %% ../nbs/api/33_interventions.ipynb #5c5423c2
 from collections import deque
+from itertools import groupby
+import numpy as np
 import torch
 from fastcore.basics import patch
 from .config import ContinualBackpropConfig, L2InitConfig
+from .kernels import compiled
 from .learner import Callback
 from .optimizers import memory
 from .runtime import one_of
@@ -137,7 +140,7 @@ def renew(
 # %% ../nbs/api/33_interventions.ipynb #30c06aee
 class ContinualBackprop(Callback):
     "Replace the least useful mature units, a few at a time (Dohare et al., Nature 2024)"
-    resets_units = True
+    resets_units, inside = True, "continual_backprop"
     def __init__(self,
         replacement_rate=_cbp.replacement_rate,     # ρ: share of the eligible units, each step
         maturity_threshold=_cbp.maturity_threshold, # m: steps before a unit is eligible
@@ -197,3 +200,57 @@ def load_state_dict(self:ContinualBackprop, state):
     self.stats, self.replaced = state["stats"], state["replaced"]
     self.schedules = {k: Schedule(0, 0, 0) for k in state["schedules"]}
     for k, s in self.schedules.items(): s.load_state_dict(state["schedules"][k])
+
+# %% ../nbs/api/33_interventions.ipynb #3e9b1c8d
+@compiled
+def _count(due, rate, maturity, step, owed, eligible, when, many, first, young):
+    "`Schedule.due` for each entry of `due`; the young are a ring: from `first` on, `young` entries"
+    for t in range(len(due)):
+        step += 1
+        while young and step - when[first] > maturity: eligible += many[first]; first = (first + 1) % len(when); young -= 1
+        owed += rate * eligible
+        n = int(owed); owed -= n; due[t] = n
+        if n: eligible -= n; last = (first + young) % len(when); when[last] = step; many[last] = n; young += 1
+    return step, owed, eligible, first, young
+
+# %% ../nbs/api/33_interventions.ipynb #ddd5adfa
+@patch
+def coming(self:Schedule,
+    steps # how many
+)->np.ndarray: # int64 [steps]: what so many calls of `due` would have told
+    "Replacements at each of the next `steps` steps, after which the schedule stands there"
+    size = self.eligible + sum(n for _, n in self.young)             # more entries than units there can't be
+    when, many = np.zeros((2, size + 1), np.int64)
+    for i, (t, n) in enumerate(self.young): when[i], many[i] = t, n
+    due = np.zeros(steps, np.int64)
+    self.step, self.owed, self.eligible, first, young = _count(due, float(self.rate), int(self.maturity), self.step, float(self.owed), self.eligible, when, many, 0, len(self.young))
+    self.young = deque((int(when[i % (size + 1)]), int(many[i % (size + 1)])) for i in range(first, first + young))
+    return due
+
+# %% ../nbs/api/33_interventions.ipynb #e36c7b4d
+def _in_pieces(group, generators, fan_in, runs):
+    "Fresh weights [R, n, fan_in] of each run of replacements (n in each of a few steps), drawn at once if that makes no difference"
+    if not _uninterrupted(group.fresh): runs = [n for run in runs for n in run]
+    else: runs = [sum(run) for run in runs]
+    return [torch.stack([group.fresh((n, 1, fan_in), fan_in, g).flatten(1) for g in generators]) for n in runs]
+
+def _uninterrupted(fresh):
+    "Does one draw of 40 numbers give those of two draws?"
+    a, b = (torch.Generator().manual_seed(0) for _ in range(2))
+    return torch.equal(fresh((40,), 8, a), torch.cat([fresh((3,), 8, b), fresh((37,), 8, b)]))
+
+# %% ../nbs/api/33_interventions.ipynb #a8757e57
+@patch
+def ahead(self:ContinualBackprop,
+    nets, # `Replicas`
+    steps # how many
+):        # due, int64 [groups, steps]: replacements at each step; fresh, a tensor [R, n, fan_in] for each group: the n new units' weights in order of use
+    "What the next steps replace and by what; schedules, counts and generators then stand where the plain form would leave them"
+    due = np.stack([self.schedules[g.name].coming(steps) for g in self.groups]) if self.groups else np.zeros((0, steps), np.int64)
+    drawn = [[] for _ in self.groups]; generators = [g["intervention"] for g in nets.generators]
+    fans = [nets.params[g.weights[0].param][0, 0].numel() for g in self.groups]
+    for g, events in groupby(zip(*np.nonzero(due.T)), key=lambda e: e[1]):
+        drawn[g] += _in_pieces(self.groups[g], generators, fans[g], [[int(due[g, t]) for t, _ in events]])
+    for g, n in zip(self.groups, due.sum(1)): self.replaced[g.name] += int(n)
+    like = [nets.params[g.weights[0].param] for g in self.groups]
+    return torch.from_numpy(due), [torch.cat(d, 1).to(p) if d else p.new_empty(len(p), 0, f) for d, p, f in zip(drawn, like, fans)]

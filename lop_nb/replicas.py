@@ -76,6 +76,9 @@ def _one(self:Replicas, call, x):
     self._caught = {}
     return call(x), self._caught
 
+@patch(as_prop=True)
+def dtype(self:Replicas): return next(iter(self.params.values())).dtype
+
 @patch
 def __call__(self:Replicas,
     x,       # [R, B, …]
@@ -83,7 +86,7 @@ def __call__(self:Replicas,
 ):           # logits [R, B, K]; with `read` also {name: [R, B, …]}
     "All replicas' logits on their own batches"
     self._catch(tuple(read))
-    out, seen = getattr(self, f"_{self.strategy}")(x)
+    out, seen = getattr(self, f"_{self.strategy}")(x.to(self.dtype))
     return (out, seen) if read else out
 
 # %% ../nbs/api/16_replicas.ipynb #57d89984

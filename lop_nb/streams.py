@@ -26,6 +26,31 @@ _all_ = ["View", "Task", "Stream", "mask_logits", "masked_cross_entropy", "rotat
 _default = config.streams()
 _passage = config.PassageConfig()
 
+# %% ../nbs/api/14_streams.ipynb #2cf0a550
+@patch(cls_method=True)
+def _plan_some(cls:Stream, pool, examples):
+    one_of("stream.pool", pool, ["train", "all"])
+    need(examples is None or examples >= 1, "stream.examples", examples, "a task has at least 1 example; null takes all.")
+
+@patch
+def _check_some(self:Stream):
+    n, there = self.settings["examples"], len(getattr(self.data, self.settings["pool"]))
+    need((n or 1) <= there, "stream.examples", n, f"stream.pool={self.settings['pool']} has {there} examples, and none comes twice. Take at most {there}, or several epochs.")
+
+@patch
+def _draw_some(self:Stream, seed, k):
+    "The rows of task k: int64, empty where it takes all"
+    n = self.settings["examples"]
+    if n is None: return torch.empty(0, dtype=torch.int64)
+    return torch.randperm(len(getattr(self.data, self.settings["pool"])), generator=generator(seed, "task", k, "rows"))[:n]
+
+@patch
+def _views_of_some(self:Stream, rows, **kw):
+    "Views of these rows of the pool, and of validation and test examples unless the pool has taken them in"
+    pool, some = self.settings["pool"], self.settings["examples"] is not None
+    train, = self._views(lambda s: rows if some else None, splits=[pool], in_order=some, **kw)
+    return [train, None, None] if pool == "all" else [train, *self._views(splits=["val", "test"], **kw)]
+
 # %% ../nbs/api/14_streams.ipynb #568981d7
 class PermutedPixels(Stream):
     "Each task is the whole data set with its pixels in a new order, the same for all colours and for train, val and test"
@@ -33,12 +58,26 @@ class PermutedPixels(Stream):
     def __init__(self, data,
         tasks=_default["permuted_pixels"].tasks,
         first_permuted=_default["permuted_pixels"].first_permuted, # is task 0 shuffled too?
+        pool=_default["permuted_pixels"].pool,                     # train; all: train, val and test in one
+        examples=_default["permuted_pixels"].examples,             # of each task, drawn without repetition; None: all of the pool
         **kw
-    ): super().__init__(data, tasks=tasks, first_permuted=first_permuted, **kw)
-    def _draw(self, seed, k):
-        n = self.data.shape[1] * self.data.shape[2]
-        return torch.randperm(n, generator=generator(seed, "task", k)) if k or self.settings["first_permuted"] else torch.arange(n)
-    def _task(self, k, pixels): return Task(f"permutation {k}", k, *self._views(pixels=pixels), self._every_class())
+    ): super().__init__(data, tasks=tasks, first_permuted=first_permuted, pool=pool, examples=examples, **kw); self._check_some()
+    @classmethod
+    def plan(cls, num_classes, tasks, first_permuted, pool, examples):
+        cls._plan_some(pool, examples)
+        return super().plan(num_classes, tasks, first_permuted=first_permuted, pool=pool, examples=examples)
+
+# %% ../nbs/api/14_streams.ipynb #eb45748c
+@patch
+def _draw(self:PermutedPixels, seed, k):
+    n = self.data.shape[1] * self.data.shape[2]
+    pixels = torch.randperm(n, generator=generator(seed, "task", k)) if k or self.settings["first_permuted"] else torch.arange(n)
+    return torch.cat([pixels, self._draw_some(seed, k)])
+
+@patch
+def _task(self:PermutedPixels, k, drawn):
+    pixels, rows = drawn.tensor_split([self.data.shape[1] * self.data.shape[2]], 1)
+    return Task(f"permutation {k}", k, *self._views_of_some(rows, pixels=pixels), self._every_class())
 
 # %% ../nbs/api/14_streams.ipynb #42995be2
 class RotatedInputs(Stream):
@@ -80,9 +119,20 @@ class RandomLabels(Stream):
 class PermutedLabels(Stream):
     "Each task renames the classes"
     name, passages = "permuted_labels", ("labels", "sampling")
-    def __init__(self, data, tasks=_default["permuted_labels"].tasks, **kw): super().__init__(data, tasks=tasks, **kw)
-    def _draw(self, seed, k): return torch.randperm(self.data.num_classes, generator=generator(seed, "task", k))
-    def _task(self, k, names): return Task(f"names {k}", k, *self._views(labels=lambda y: names[:, y]), self._every_class())
+    def __init__(self, data,
+        tasks=_default["permuted_labels"].tasks,
+        pool=_default["permuted_labels"].pool,         # train; all: train, val and test in one
+        examples=_default["permuted_labels"].examples, # of each task, drawn without repetition; None: all of the pool
+        **kw
+    ): super().__init__(data, tasks=tasks, pool=pool, examples=examples, **kw); self._check_some()
+    @classmethod
+    def plan(cls, num_classes, tasks, pool, examples):
+        cls._plan_some(pool, examples)
+        return super().plan(num_classes, tasks, pool=pool, examples=examples)
+    def _draw(self, seed, k): return torch.cat([torch.randperm(self.data.num_classes, generator=generator(seed, "task", k)), self._draw_some(seed, k)])
+    def _task(self, k, drawn):
+        names, rows = drawn.tensor_split([self.data.num_classes], 1)
+        return Task(f"names {k}", k, *self._views_of_some(rows, labels=lambda y: names[:, y]), self._every_class())
 
 # %% ../nbs/api/14_streams.ipynb #598d4c19
 def split_sizes(
