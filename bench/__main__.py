@@ -1,7 +1,7 @@
 """Rows of work, each with its plain way, ours and the best peer, side by side in one run.
 
     python -m bench                          every row (about half an hour)
-    python -m bench --only bits online-cbp   rows whose names begin so
+    python -m bench --only bits online-cbp   rows of these names, or whose names begin so
     python -m bench --quick                  tiny sizes, under a minute: does it still run?
     python -m bench --list                   the names
 """
@@ -22,14 +22,15 @@ def rows(quick): return {k: make for family in FAMILIES for k, make in family.ro
 
 def chosen(only, quick):
     every = rows(quick)
-    unknown = [o for o in only if not any(k.startswith(o) for k in every)]
+    meant = {o: [o] if o in every else [k for k in every if k.startswith(o)] for o in only}
+    unknown = [o for o, names in meant.items() if not names]
     if unknown: sys.exit(f"No row begins with {', '.join(unknown)}. There are: {', '.join(every)}.")
-    return {k: make for k, make in every.items() if not only or any(k.startswith(o) for o in only)}
+    return {k: make for k, make in every.items() if not only or any(k in names for names in meant.values())}
 
 
 def main(args=None):
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose names begin so")
+    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows of these names, or whose names begin so")
     p.add_argument("--quick", action="store_true", help="tiny sizes and one round")
     p.add_argument("--rounds", type=int, help="default 5, or 1 with --quick"); p.add_argument("--seconds", type=float, help="of one way in one round; default 1, or 0.02 with --quick")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write the report there; rows that it has already stay if they are not measured again")

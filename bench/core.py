@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lop_nb.runtime import LopError
+
 
 class Missing(Exception):
     "This way can't be run here; the message says why"
@@ -82,7 +84,7 @@ def prepare(row):
             losses[name] = first(run()) if way.same else (run(), None)[1]
             return run, n
         try: made[name], memory = peak(begin)
-        except Missing as why: report[name]["missing"] = str(why); continue
+        except (Missing, LopError) as why: report[name]["missing"] = str(why); continue
         report[name]["memory_mib"] = memory and round(memory, 1)
     agree(row, losses)
     return made, report

@@ -24,13 +24,6 @@ def compiled(f): return numba.njit(fastmath=True, error_model="numpy")(f) if num
 
 
 @compiled
-def total(a):
-    s = np.float32(0)
-    for v in a: s += v
-    return s
-
-
-@compiled
 def roots(a, often):
     for _ in range(often):
         for i in range(len(a)): a[i] = np.float32(1) / (np.sqrt(a[i]) + np.float32(1e-8))
@@ -46,7 +39,7 @@ def bandwidth(mib):
     "Bytes of array a second, float32, one core: (read, changed in place)"
     a, often = array(mib), max(1, 256 // mib)
     def read():
-        for _ in range(often): total(a) if numba else np.dot(a, a)
+        for _ in range(often): np.dot(a, a)
     def change():
         for _ in range(often): np.multiply(a, np.float32(1.), out=a)
     return a.nbytes * often / seconds(read), a.nbytes * often / seconds(change)
