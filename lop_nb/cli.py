@@ -123,7 +123,7 @@ def finish_sweep():
     "One table of the runs of a sweep"
     if len(done) < 2: return
     df, out = read_records(done), done[0].parent/"summary.csv"
-    show_table(df, ["online_accuracy", "test_accuracy"])
+    show_table(df, plots.at_a_glance(df)[:2])
     plots.table(df, plots.at_ends(df)).to_csv(out, index=False)
     print(f"Sweep:   {out}   (figures with: lop-show {done[0].parent})")
 

@@ -9,8 +9,9 @@ __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'Data
            'ClassSplitConfig', 'RandomLabelsConfig', 'PermutedLabelsConfig', 'RotatedInputsConfig', 'BinaryPairsConfig',
            'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'BitFlipsConfig',
            'PassageConfig', 'Adam', 'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig', 'L2InitConfig',
-           'WeightClippingConfig', 'InterventionConfig', 'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config',
-           'streams', 'options', 'published', 'streaming', 'vgg', 'presets', 'register', 'settings']
+           'WeightClippingConfig', 'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'InterventionConfig', 'TrainingConfig',
+           'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options', 'published', 'streaming', 'vgg', 'presets',
+           'register', 'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -272,6 +273,19 @@ class WeightClippingConfig:
     bound: float = 1.                    # κ; 1: the range of torch's initial weights
     norms: bool = False                  # the gains and shifts of normalisation layers too, as the reference code does?
 
+@dataclass
+class ShrinkAndPerturbConfig:
+    "Shrink and perturb: θ ← λθ + σε (Ash & Adams, 2020)"
+    shrink: float = .999                 # λ
+    noise: float = 1e-3                  # σ
+    when: str = "step"                   # step: after each; task: before each task but the first
+    fresh: bool = False                  # ε: standard normal, or the weights of a fresh network?
+
+@dataclass
+class OnlineNormConfig:
+    "Inputs less their mean, by their standard deviation, over the stream so far"
+    limit: float = 10.                   # standard deviations at which an input is cut
+
 # %% ../nbs/api/02_config.ipynb #95cabace
 @dataclass
 class InterventionConfig:
@@ -280,6 +294,8 @@ class InterventionConfig:
     continual_backprop: ContinualBackpropConfig = field(default_factory=ContinualBackpropConfig)
     l2_init: L2InitConfig = field(default_factory=L2InitConfig)
     weight_clipping: WeightClippingConfig = field(default_factory=WeightClippingConfig)
+    shrink_and_perturb: ShrinkAndPerturbConfig = field(default_factory=ShrinkAndPerturbConfig)
+    online_norm: OnlineNormConfig = field(default_factory=OnlineNormConfig)
 
 # %% ../nbs/api/02_config.ipynb #e1a03899
 @dataclass
@@ -371,11 +387,11 @@ def options()->dict:
         dataset={n: DatasetConfig(n, c, side, c*side*side, classes) for n, (c, side, classes) in sizes.items()} | dict(bits=BitsConfig()),
         stream=streams() | dict(all_classes=ClassSplitConfig(tasks=None, classes_per_task=None)),
         passage={how: PassageConfig(how=how) for how in ("none", "inputs", "labels", "sampling")},
-        optimizer=dict(adam=Adam(), adamw=AdamW(), sgd=SGD(), rmsprop=RMSprop(), noisysgd=NoisySGD(), digits_adam=Adam(lr=1e-2)),
+        optimizer=dict(adam=Adam(), adamw=AdamW(), sgd=SGD(), rmsprop=RMSprop(), noisysgd=NoisySGD(), plain_sgd=SGD(momentum=0.), digits_adam=Adam(lr=1e-2)),
         training=dict(digits=TrainingConfig(), continual=published(), standard=published(), streaming=streaming()),
         metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
         intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(),
-                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping")}))
+                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping", "shrink_and_perturb", "online_norm")}))
 
 def published(): return TrainingConfig(epochs=20, batch_size=128, head_reset="zero")
 
@@ -396,23 +412,46 @@ def _lop():
         metrics=dict(probe_split="test", probe_size=None, dead_threshold=1.))
 
 # %% ../nbs/api/02_config.ipynb #064df99d
-def _online(data="mnist", **kw):
-    return _choose(model="mlp", dataset=data, training="streaming", **dict(stream="permuted_pixels", intervention="compare") | kw)
+def _online(**kw): return _choose(training="streaming", **dict(model="mlp", dataset="mnist", stream="permuted_pixels", optimizer="plain_sgd", intervention="compare") | kw)
 
 def _plain(*sizes, **kw): return dict(hidden_sizes=[*sizes], normalization="none", dropout_p=0.) | kw
 
-def _permuted(optimizer, stream, **cbp):
-    return _online(optimizer="sgd") | dict(
+def _permuted(optimizer, stream):
+    return _online() | dict(
         model=_plain(2000, 2000, 2000, init="kaiming"), dataset=dict(normalize="unit", val=0.), stream=dict(examples=60_000) | stream,
-        optimizer=dict(momentum=0.) | optimizer, metrics=dict(probe_size=2000),
-        intervention=dict(arms=["backprop", "continual_backprop"], continual_backprop=dict(utility="adaptable_contribution") | cbp))
+        optimizer=optimizer, metrics=dict(probe_size=2000), intervention=_and_cbp())
 
-def _clipping(**stream):
+def _and_cbp(): return dict(arms=["backprop", "continual_backprop"], continual_backprop=dict(utility="adaptable_contribution"))
+
+def _clipping():
     return _online(optimizer="adam") | dict(
-        model=_plain(300, 150, activation="leaky_relu", negative_slope=.01), dataset=dict(normalize="symmetric", val=0.), stream=dict(tasks=300, examples=50_000) | stream,
+        model=_plain(300, 150, activation="leaky_relu", negative_slope=.01), dataset=dict(normalize="symmetric", val=0.), stream=dict(tasks=300, examples=50_000),
         optimizer=dict(lr=1e-4), metrics=dict(probe_size=2000), intervention=dict(arms=["backprop", "weight_clipping"]))
 
 # %% ../nbs/api/02_config.ipynb #c01e35e0
+def _upgd(lr, stream, bound, l2_init, noise, choose={}, **more):
+    "A million examples for a small network, under all arms at their best settings: κ; λ of L2-Init; λ and σ of shrink-and-perturb, as published"
+    return _online(**choose) | dict(
+        model=_plain(300, 150), dataset=dict(normalize="symmetric", val=0.), stream=stream, optimizer=dict(lr=lr), metrics=dict(every=10),
+        intervention=dict(arms=["backprop", "l2_init", "weight_clipping", "shrink_and_perturb"], l2_init=dict(weight=l2_init / 2), weight_clipping=dict(bound=bound),
+                          shrink_and_perturb=_with_the_step(lr, *noise))) | more
+
+def _with_the_step(lr, shrink, noise): return dict(shrink=1 - lr*shrink, noise=lr*noise)
+
+def _cifar():
+    cnn = dict(conv_channels=[6, 16], kernel_sizes=[5], paddings=[0], fc_hidden_units=[120, 84], normalization="none", dropout_p=0.)
+    return _upgd(1e-2, dict(tasks=400, examples=2500), 2., 1e-3, (1e-3, 5e-3), dict(model="cnn", dataset="cifar10", stream="permuted_labels"), model=cnn, optimizer=dict(lr=1e-2),
+                 intervention=dict(arms=["backprop", "shrink_and_perturb"], shrink_and_perturb=_with_the_step(1e-2, 1e-3, 5e-3)))
+
+def _bits(metrics, **stream):
+    return _online(dataset="bits", stream="bit_flips") | dict(
+        model=_plain(5, negative_slope=.01, init="kaiming"), stream=stream, optimizer=dict(lr=1e-2), metrics=dict(probe_size=128) | metrics, intervention=_and_cbp())
+
+def _of_the_grid(): # what its analysis measures, and its thresholds
+    return dict(names=["dead_fraction", "duplicate_fraction", "effective_rank", "stable_rank", "saturated_gradient_fraction", "non_gaussianity", "weight_norm"],
+                duplicate_threshold=.98, gradient_ratio=.05, saturated_threshold=.8)
+
+# %% ../nbs/api/02_config.ipynb #d4e13d63
 def presets()->dict:
     "Published settings, for `+experiment=NAME`"
     pairs = dict(stream="class_split", optimizer="adam", training="continual", intervention="backprop")
@@ -420,7 +459,13 @@ def presets()->dict:
         "tickets/lop": _lop(),
         "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all")),
         "permuted-mnist/nature": _permuted(dict(lr=1e-2), dict(tasks=800)),
+        "bit-flipping": _bits(_of_the_grid(), tasks=500),
+        "bit-flipping/nature": _bits(dict(every=10), tasks=300),
         "streaming/clipping": _clipping(),
+        "streaming/input_permuted": _upgd(1e-3, dict(tasks=200, examples=5000), 2., 1e-2, (1e-2, .1)),
+        "streaming/input_permuted/adam": _upgd(1e-4, dict(tasks=200, examples=5000), 1., 1e-2, (1e-2, .1), dict(optimizer="adam")),
+        "streaming/label_permuted": _upgd(1e-2, dict(tasks=400, examples=2500), 2., 1e-3, (1e-3, 1e-2), dict(stream="permuted_labels")),
+        "streaming/label_permuted/cifar10": _cifar(),
         "mlp_mnist": _choose(model="mlp", dataset="mnist", **pairs) | dict(model=dict(hidden_sizes=[256, 128, 64]), optimizer=dict(lr=2e-3), training=dict(epochs=15, batch_size=64), metrics=dict(epochs=3)),
         "cnn_cifar10": _choose(model="cnn", dataset="cifar10", **pairs) | dict(model=dict(conv_channels=[32, 64, 128], fc_hidden_units=[256], dropout_p=.2)),
         "resnet_cifar10": _choose(model="resnet", dataset="cifar10", metrics="block_outputs", **pairs),

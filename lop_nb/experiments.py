@@ -35,13 +35,14 @@ from .monitor import Monitor, OtherTasks, select
 from .optimizers import make_optimizer
 from .outcomes import outcome_table
 from .records import Records, read_records
-from .remedies import WeightClipping
+from .remedies import OnlineNormalization, ShrinkAndPerturb, WeightClipping
 from .replicas import Replicas
 from .runtime import LopError, one_of, pick_device, write_atomic
 from .tracking import Wandb
 
 # %% ../nbs/api/41_experiments.ipynb #0221f9e7
-intervention_kinds = dict(continual_backprop=ContinualBackprop, l2_init=L2Init, weight_clipping=WeightClipping)
+intervention_kinds = dict(continual_backprop=ContinualBackprop, l2_init=L2Init, weight_clipping=WeightClipping,
+                          shrink_and_perturb=ShrinkAndPerturb, online_norm=OnlineNormalization)
 
 def seeds(cfg): return list(range(cfg.training.seed, cfg.training.seed + cfg.training.replicas))
 
