@@ -11,7 +11,7 @@ __all__ = ['Batches']
 import math
 from functools import cache
 import numpy as np
-import torch
+import scipy.linalg, torch
 from fastcore.basics import patch
 from threadpoolctl import ThreadpoolController
 from .kernels import Cannot, compiled, layers_of, numba, share_out
