@@ -73,6 +73,7 @@ class Bits:
     @property
     def input_size(self): return self.bits
 
+# %% ../nbs/api/15_bitflips.ipynb #d7850149
 class BitFlips(Stream):
     "Slowly-changing regression: one task for each state of the slow bits (Dohare et al., 2024)"
     name, passages = "bit_flips", ()
