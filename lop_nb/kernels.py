@@ -170,34 +170,48 @@ def _descend(P, net, step, ix, xs, n, delta, h, d):
 
 # %% ../nbs/api/26_kernels.ipynb #6eb387f1
 @compiled(inline=True)
-def _adam_row(P, M, r, v, vec, step, size, root):
-    for j in range(P.shape[1]):
-        grad = v * vec[j] + step.wd * P[r, j]
-        M[0, r, j] += (grad - M[0, r, j]) * step.b1
-        M[1, r, j] += (grad * grad - M[1, r, j]) * step.b2
-        P[r, j] = P[r, j] * step.keep - size * M[0, r, j] / (math.sqrt(M[1, r, j]) / root + step.eps)
+def _gradient(G, net, ix, xs, n, delta, h, d):
+    "All gradients, shaped as P; rows of zero inputs are zero"
+    G[:] = 0
+    for a in range(n):
+        i, v = ix[a], xs[a]
+        for j in range(len(delta)): G[i, j] = v * delta[j]
+    for k in range(net.out if net.hidden else 0):
+        r, v = net.n_in + 1 + k, d[k]
+        for j in range(len(h)): G[r, j] = v * h[j]
+        G[net.n_in + 1 + net.out, k] = v
 
 @compiled(inline=True)
-def _aged_row(P, M, r, v, vec, step):
+def _adam(P, m, q, G, step, size, root):
+    "Adam with one age for all, on flat arrays"
+    for i in range(len(P)):
+        grad = G[i] + step.wd * P[i]
+        m[i] += (grad - m[i]) * step.b1
+        q[i] += (grad * grad - q[i]) * step.b2
+        P[i] = P[i] * step.keep - size * m[i] / (math.sqrt(q[i]) / root + step.eps)
+
+@compiled(inline=True)
+def _aged_adam(P, m, q, m1, q1, G, step):
+    "Adam with an age for each element"
     one = P.dtype.type(1)
-    for j in range(P.shape[1]):
-        grad = v * vec[j] + step.wd * P[r, j]
-        M[0, r, j] += (grad - M[0, r, j]) * step.b1
-        M[1, r, j] += (grad * grad - M[1, r, j]) * step.b2
-        M[2, r, j] += (one - M[2, r, j]) * step.b1; M[3, r, j] += (one - M[3, r, j]) * step.b2
-        P[r, j] = P[r, j] * step.keep - step.lr * (M[0, r, j] / M[2, r, j]) / (math.sqrt(M[1, r, j] / M[3, r, j]) + step.eps)
+    for i in range(len(P)):
+        grad = G[i] + step.wd * P[i]
+        m[i] += (grad - m[i]) * step.b1; m1[i] += (one - m1[i]) * step.b1
+        q[i] += (grad * grad - q[i]) * step.b2; q1[i] += (one - q1[i]) * step.b2
+        P[i] = P[i] * step.keep - step.lr * (m[i] / m1[i]) / (math.sqrt(q[i] / q1[i]) + step.eps)
 
 # %% ../nbs/api/26_kernels.ipynb #19e9caf5
 @compiled(inline=True)
-def _adam(P, M, net, step, x, delta, h, d, sizes, roots, t):
-    one = P.dtype.type(1)
-    for r in range(len(P)):
-        if r < net.n_in: part, v, vec = 0, x[r], delta
-        elif r == net.n_in: part, v, vec = 1, one, delta
-        elif r <= net.n_in + net.out: part, v, vec = 2, d[r - net.n_in - 1], h
-        else: part, v, vec = 3, one, d
-        if step.kind == 1: _adam_row(P, M, r, v, vec, step, sizes[part, t], roots[part, t])
-        else: _aged_row(P, M, r, v, vec, step)
+def _adapt(P, M, G, net, step, sizes, roots, t):
+    "Adam's step; parts of different age one after the other: W, b, V, c"
+    width = P.shape[1]; p, g = P.reshape(P.size), G.reshape(P.size); S = M.reshape((len(M), P.size))
+    if step.kind == 2: _aged_adam(p, S[0], S[1], S[2], S[3], g, step)
+    else:
+        for part in range(4 if net.hidden else 2):
+            first = 0 if part == 0 else net.n_in + (part > 1) + (part > 2) * net.out
+            last = net.n_in if part == 0 else first + (net.out if part == 2 else 1)
+            a, b = first * width, last * width
+            _adam(p[a:b], S[0, a:b], S[1, a:b], g[a:b], step, sizes[part, t], roots[part, t])
 
 # %% ../nbs/api/26_kernels.ipynb #808c3c9f
 @compiled(inline=True)
@@ -289,7 +303,7 @@ def _major(first, last, P, M, table, codes, labels, targets, losses, logits, net
     n, width, rows = losses.shape[1], P.shape[2], table.shape[1]
     kept, coded, renews, everywhere = rows if 0 < codes.shape[1] >= rows else 1, codes.shape[1] > 0, len(due) > 0, step.kind > 0 or step.keep != 1
     ix, xs, many = np.zeros((kept, net.n_in + 1), np.int64), np.zeros((kept, net.n_in + 1), P.dtype), np.zeros(kept, np.int64)
-    z, h, g, d, delta, w, y, filled = np.zeros((8, width), P.dtype)
+    B = np.zeros((8, width), P.dtype); z, h, g, d, delta, w, y, filled = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7]; G = np.zeros(P.shape[1:], P.dtype)
     for r in range(first, last):
         p, used, until = P[r], 0, -1
         if kept > 1:
@@ -305,13 +319,81 @@ def _major(first, last, P, M, table, codes, labels, targets, losses, logits, net
             else: e = logits[r, t, 0] - targets[r, k]; losses[r, t] = e * e; d[0] = e + e
             if net.hidden: _back(p, net, d, g, delta)
             else: delta[:] = d
-            if step.kind: _adam(p, M[r], net, step, table[r, k], delta, h, d, sizes, roots, t)
+            if step.kind: _gradient(G, net, ix[a], xs[a], many[a], delta, h, d); _adapt(p, M[r], G, net, step, sizes, roots, t)
             else: _descend(p, net, step, ix[a], xs[a], many[a], delta, h, d)
             if step.clip_in: _clip(p, net, step, ix[a], many[a], everywhere or t == 0)
             if renews:
                 if ren.utility & 1 and t <= until or t == 0: until = _fill(filled, birth[r], t, ren)
                 _judge(p, net, ren, f[r], u[r], h, filled, w, y)
                 if due[t]: used = _renew(p, M[r], net, ren, t, due[t], fresh[r], used, birth[r], f[r], u[r], filled); until = t + ren.full
+
+# %% ../nbs/api/26_kernels.ipynb #157eae69
+@compiled(inline=True)
+def _changing(table, x):
+    "Write each lane's first input; which inputs are not the same in all rows of the table"
+    L, rows, n_in = table.shape; moving, many = np.zeros(n_in, np.int64), 0
+    for i in range(n_in):
+        moving[many] = i; still = True
+        for l in range(L):
+            x[i, l] = table[l, 0, i]
+            for k in range(1, rows): still = still and table[l, k, i] == table[l, 0, i]
+        many += not still
+    return moving[:many]
+
+@compiled(inline=True)
+def _weigh_lanes(P, x, z):
+    n_in, L = x.shape
+    for j in range(len(z)):
+        for l in range(L): z[j, l] = P[n_in, j, l]
+        for i in range(n_in):
+            for l in range(L): z[j, l] += x[i, l] * P[i, j, l]
+
+# %% ../nbs/api/26_kernels.ipynb #321f13d0
+@compiled(inline=True)
+def _answer_lanes(P, net, h, s, o):
+    s[:] = 0
+    for j in range(len(h)):
+        for l in range(h.shape[1]): s[j & 3, l] += P[net.n_in + 1, j, l] * h[j, l]
+    for l in range(h.shape[1]): o[l] = P[net.n_in + 2, 0, l] + ((s[0, l] + s[1, l]) + (s[2, l] + s[3, l]))
+
+@compiled(inline=True)
+def _descend_lanes(P, net, step, x, h, g, d):
+    "δ, then SGD's step"
+    n_in, L = x.shape; V = P[n_in + 1]
+    for j in range(len(h)):
+        for l in range(L): g[j, l] = d[l] * V[j, l] * g[j, l] * step.lr          # αδ
+    if step.keep != 1: _shrink(P.reshape(len(P), h.size), step.keep)
+    for l in range(L): d[l] *= step.lr; P[n_in + 2, 0, l] -= d[l]
+    for j in range(len(h)):
+        for i in range(n_in):
+            for l in range(L): P[i, j, l] -= x[i, l] * g[j, l]
+        for l in range(L): P[n_in, j, l] -= g[j, l]; V[j, l] -= d[l] * h[j, l]
+
+# %% ../nbs/api/26_kernels.ipynb #9b05ced6
+@compiled
+def _lanes(P, table, codes, targets, losses, logits, net, step, ren, due, fresh, birth, f, u):
+    "Train the lanes of P [rows, H, L] on all examples"
+    (rows, H, L), n, used, until = P.shape, losses.shape[1], 0, -1
+    x, s, no_memory = np.zeros((net.n_in, L), P.dtype), np.zeros((4, L), P.dtype), np.zeros((0, 1, 1), P.dtype)
+    B = np.zeros((6, H, L), P.dtype); z, h, g, w, y, filled = B[0], B[1], B[2], B[3], B[4], B[5]; o, d = np.zeros(L, P.dtype), np.zeros(L, P.dtype)
+    flat, moving = P.reshape(rows, H * L), _changing(table, x)
+    for t in range(n):
+        for i in moving:
+            for l in range(L): x[i, l] = table[l, codes[l, t] if codes.shape[1] else t, i]
+        _weigh_lanes(P, x, z)
+        _activate(net, z.reshape(H * L), h.reshape(H * L), g.reshape(H * L), H * L)
+        _answer_lanes(P, net, h, s, o)
+        for l in range(L):
+            e = o[l] - targets[l, codes[l, t] if codes.shape[1] else t]
+            logits[l, t, 0] = o[l]; losses[l, t] = e * e; d[l] = e + e
+        _descend_lanes(P, net, step, x, h, g, d)
+        if step.clip_in: _clip(flat, net, step, moving, 0, True)
+        if len(due):
+            if ren.utility & 1 and t <= until or t == 0: until = _fill(filled.reshape(H * L), birth.reshape(H * L), t, ren)
+            _judge(flat, net, ren, f.reshape(H * L), u.reshape(H * L), h.reshape(H * L), filled.reshape(H * L), w.reshape(H * L), y.reshape(H * L))
+            if due[t]:
+                for l in range(L): last = _renew(P[:, :, l], no_memory, net, ren, t, due[t], fresh[l], used, birth[:, l], f[:, l], u[:, l], filled[:, l])
+                used = last; until = t + ren.full
 
 # %% ../nbs/api/26_kernels.ipynb #487148b8
 def _parts(net, P):
@@ -431,9 +513,19 @@ def __call__(self:Shallow,
     sizes, roots = _corrections(self.group, params, self.job.optimizer.state, n, self.type) if step.kind == 1 else (none[1], none[1])
     losses, logits = np.empty((len(table), n), self.type), np.empty((len(table), n, net.out), self.type)
     for tensors, stack in zip([params, *memory], [self.P, *self.M.swapaxes(0, 1)]): _copy(net, tensors, stack)
+    codes, lanes = codes.contiguous().numpy(), self.lanes(step)
     def train(first, last):
-        _major(first, last, self.P, self.M, table, codes.contiguous().numpy(), labels, targets, losses, logits, net, step, sizes, roots, ren, due, fresh, birth, f, u)
-    share_out(train, len(table), self.job.threads)
+        _major(first, last, self.P, self.M, table, codes, labels, targets, losses, logits, net, step, sizes, roots, ren, due, fresh, birth, f, u)
+    def side_by_side(first, last):
+        for a in range(first * lanes, min(last * lanes, len(table)), lanes):
+            part = slice(a, a + lanes); P = np.ascontiguousarray(self.P[part, :, :net.hidden].transpose(1, 2, 0))
+            own = [np.ascontiguousarray(v[part, :net.hidden].T) for v in (birth, f, u)] if len(due) else [v.reshape(0, 1) for v in (birth[:0], f[:0], u[:0])]
+            _lanes(P, table[part], codes[part], targets[part], losses[part], logits[part], net, step, ren, due, fresh[part], *own)
+            self.P[part, :, :net.hidden] = P.transpose(2, 0, 1)
+            if len(due):
+                for v, new in zip((birth, f, u), own): v[part, :net.hidden] = new.T
+    if lanes: share_out(side_by_side, -(-len(table) // lanes), self.job.threads)
+    else: share_out(train, len(table), self.job.threads)
     for tensors, stack in zip([params, *memory], [self.P, *self.M.swapaxes(0, 1)]): _copy(net, tensors, stack, back=True)
     self._keep(n, step.kind, len(due), birth, f, u)
     return torch.from_numpy(losses), torch.from_numpy(logits)
@@ -447,3 +539,9 @@ def _keep(self:Shallow, n, kind, renewing, birth, f, u):
     if not renewing: return
     stats, H = self.cbp.stats[self.cbp.groups[0].name], self.net.hidden
     for k, v in dict(age=n - birth, f=f[:, :H], u=u[:, :H]).items(): stats[k].copy_(torch.from_numpy(np.ascontiguousarray(v)))
+
+# %% ../nbs/api/26_kernels.ipynb #44f8c69b
+@patch
+def lanes(self:Shallow, step):
+    "How many replicas go side by side; 0: one after the other"
+    return self.force if hasattr(self, "force") else 0
