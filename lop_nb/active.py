@@ -35,13 +35,17 @@ class Plan:
 # %% ../nbs/api/27_active.ipynb #43ee954c
 def same_place(a, b): return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
+def _zeros(like, size):
+    "Zeros [R, size], in numpy's memory: it asks for large pages, with which rows far from each other come faster"
+    return torch.from_numpy(np.zeros((len(like), size), str(like.dtype).removeprefix("torch.")))
+
 @patch
 def settle(self:Plan,
     flat,   # [R, size], or None
     tensors # {name: [R, …]}
 ):          # flat, and {name: view} for all that did not lie there; flat has their numbers
     "One array with all of `tensors` in it"
-    if flat is None: flat = tensors[self.names[0]].new_zeros(len(tensors[self.names[0]]), self.size)
+    if flat is None: flat = _zeros(tensors[self.names[0]], self.size)
     homes = self.views(flat)
     moved = {k: h.copy_(tensors[k].detach()) for k, h in homes.items() if not same_place(h, tensors[k])}
     return flat, moved
