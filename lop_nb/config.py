@@ -394,11 +394,31 @@ def _lop():
         metrics=dict(probe_split="test", probe_size=None, dead_threshold=1.))
 
 # %% ../nbs/api/02_config.ipynb #064df99d
+def _online(data="mnist", **kw):
+    return _choose(model="mlp", dataset=data, training="streaming", **dict(stream="permuted_pixels", intervention="compare") | kw)
+
+def _plain(*sizes, **kw): return dict(hidden_sizes=[*sizes], normalization="none", dropout_p=0.) | kw
+
+def _permuted(optimizer, stream, **cbp):
+    return _online(optimizer="sgd") | dict(
+        model=_plain(2000, 2000, 2000, init="kaiming"), dataset=dict(normalize="unit", val=0.), stream=dict(examples=60_000) | stream,
+        optimizer=dict(momentum=0.) | optimizer, metrics=dict(probe_size=2000),
+        intervention=dict(arms=["backprop", "continual_backprop"], continual_backprop=dict(utility="adaptable_contribution") | cbp))
+
+def _clipping(**stream):
+    return _online(optimizer="adam") | dict(
+        model=_plain(300, 150, activation="leaky_relu", negative_slope=.01), dataset=dict(normalize="symmetric", val=0.), stream=dict(tasks=300, examples=50_000) | stream,
+        optimizer=dict(lr=1e-4), metrics=dict(probe_size=2000), intervention=dict(arms=["backprop", "weight_clipping"]))
+
+# %% ../nbs/api/02_config.ipynb #c01e35e0
 def presets()->dict:
     "Published settings, for `+experiment=NAME`"
     pairs = dict(stream="class_split", optimizer="adam", training="continual", intervention="backprop")
     return {
         "tickets/lop": _lop(),
+        "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all")),
+        "permuted-mnist/nature": _permuted(dict(lr=1e-2), dict(tasks=800)),
+        "streaming/clipping": _clipping(),
         "mlp_mnist": _choose(model="mlp", dataset="mnist", **pairs) | dict(model=dict(hidden_sizes=[256, 128, 64]), optimizer=dict(lr=2e-3), training=dict(epochs=15, batch_size=64), metrics=dict(epochs=3)),
         "cnn_cifar10": _choose(model="cnn", dataset="cifar10", **pairs) | dict(model=dict(conv_channels=[32, 64, 128], fc_hidden_units=[256], dropout_p=.2)),
         "resnet_cifar10": _choose(model="resnet", dataset="cifar10", metrics="block_outputs", **pairs),

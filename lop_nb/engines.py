@@ -10,12 +10,13 @@ __all__ = ['engines', 'pays', 'Block', 'Torch', 'Vmap', 'Compiled', 'loss_of', '
 # %% ../nbs/api/29_engines.ipynb #5ad269ab
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.func import functional_call, grad_and_value, vmap
-from .kernels import Cannot, Job, layers_of
+from .active import Active
+from .kernels import Cannot, Job, Shallow, layers_of
+from .minibatch import Batches
 from .runtime import LopError, one_of
 
 # %% ../nbs/api/29_engines.ipynb #2bd84a6e
@@ -132,8 +133,6 @@ class Numba:
     def __init__(self, learner):
         job = job_of(learner)
         deep = len(layers_of(job.nets.modules[0])[0]) > 2
-        try: Active, Shallow, Batches = (getattr(import_module(f"lop_nb.{m}"), c) for m, c in (("active", "Active"), ("kernels", "Shallow"), ("minibatch", "Batches")))
-        except (ImportError, AttributeError): raise Cannot("its kernel is not written")
         self.train, self.codes = (Batches if job.batch_size > 1 else Active if deep else Shallow)(job), job.batch_size == 1 and not deep
     def __call__(self, learner, block):
         coded = block.coded() if self.codes else None

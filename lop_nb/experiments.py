@@ -69,8 +69,11 @@ def verify(
     with torch.device("meta"): net = make_network(cfg, (c, side, side), classes)
     if cfg.training.batch_size == 1 and any(isinstance(m, torch.nn.BatchNorm1d) for m in net.modules()):
         raise LopError("training.batch_size=1: batch normalisation has nothing to normalise over. Use batches of at least 2, or model.normalization=layer.")
-    if cfg.stream.name == "random_labels" and (cfg.training.early_stopping or cfg.metrics.probe_split != "train" or cfg.metrics.other_tasks != "none"):
-        raise LopError("stream=random_labels has no examples to generalise to: set training.early_stopping=0, metrics.probe_split=train and metrics.other_tasks=none.")
+    none_left = "stream.pool=all" if cfg.stream.get("pool") == "all" else "stream=random_labels" if cfg.stream.name == "random_labels" else None
+    if none_left and (cfg.training.early_stopping or cfg.metrics.probe_split != "train" or cfg.metrics.other_tasks != "none"):
+        raise LopError(f"{none_left} leaves no examples to generalise to: set training.early_stopping=0, metrics.probe_split=train and metrics.other_tasks=none.")
+    if cfg.passage.how in ("inputs", "labels") and cfg.stream.get("examples") and cfg.stream.name != "random_labels":
+        raise LopError(f"passage.how={cfg.passage.how} mixes an example with itself in another task, but with stream.examples={cfg.stream.examples} each task draws its own. Use passage=sampling, or stream.examples=null.")
     make_optimizer(cfg.optimizer, dict(w=torch.zeros(1, 1, requires_grad=True)), generators=[torch.Generator()])
     make_monitor(cfg.metrics)
     select(net, cfg.metrics.layers)

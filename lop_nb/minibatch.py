@@ -11,7 +11,7 @@ __all__ = ['Batches']
 import math
 from functools import cache
 import numpy as np
-import torch
+import scipy.linalg, torch
 from fastcore.basics import patch
 from threadpoolctl import ThreadpoolController
 from .kernels import Cannot, compiled, layers_of, numba, share_out
@@ -47,7 +47,8 @@ def _cross_entropy(Z, y, D, losses):
     "Each example's loss, and D = (softmax Z - Y) / B"
     B, K = Z.shape
     for r in range(B):
-        top, total = Z[r].max(), 0.
+        top, total = Z[r, 0], 0.
+        for k in range(1, K): top = max(top, Z[r, k])
         for k in range(K): D[r, k] = math.exp(Z[r, k] - top); total += D[r, k]
         losses[r] = math.log(total) - (Z[r, y[r]] - top)
         for k in range(K): D[r, k] /= B * total
@@ -117,6 +118,18 @@ def _forward(where, sizes, at, kind, a, x, H, D):
 
 # %% ../nbs/api/28_minibatch.ipynb #65042e2e
 @compiled
+def _sum(Δ, g):
+    "g becomes the sum of the rows of Δ"
+    for j in range(len(g)): g[j] = 0
+    for r in range(len(Δ)):
+        for j in range(len(g)): g[j] += Δ[r, j]
+
+@compiled
+def _times(D, back):
+    for r in range(len(D)):
+        for j in range(D.shape[1]): D[r, j] *= back[r, j]
+
+@compiled
 def _step(adam, w, m, v, g, hyper, t, limit):
     if adam: _adam(w, m, v, g, hyper, t, limit)
     else: _sgd(w, m, g, hyper, t, limit)
@@ -129,11 +142,12 @@ def _learn(adam, where, Δ, below, G, hyper, t, limit):
     for first in range(0, o, rows):
         k, past = min(rows, o - first), first * i * G.itemsize
         d, g = _part(G, 0, B, k), _part(G, B * k, k, i)
-        d[:] = Δ[:, first:first + k]
+        for r in range(B):
+            for j in range(k): d[r, j] = Δ[r, first + j]
         np.dot(d.T, below, g)
         _step(adam, _array(where[0, 0] + past, (k * i,), Δ), _array(where[0, 1] + past, (k * i,), Δ), _array(where[0, 2] + past, (k * i,), Δ), g.ravel(), hyper, t[0], limit)
-    g = G[:o]; g[:] = 0
-    for r in range(B): g += Δ[r]
+    g = _part(G, 0, 1, o).ravel()
+    _sum(Δ, g)
     _step(adam, _array(where[1, 0], (o,), Δ), _array(where[1, 1], (o,), Δ), _array(where[1, 2], (o,), Δ), g, hyper, t[1], limit)
 
 @compiled
@@ -147,27 +161,30 @@ def _backward(adam, where, sizes, at, x, H, D, T, G, hyper, t, limits):
             below, back = _part(H, at[l - 1], B, i), _part(T, 0, B, i)
             np.dot(Δ, _array(where[l, 0, 0], (o, i), x), back)
         _learn(adam, where[l], Δ, below, G, hyper, t[l], limits[l])
-        if l: slopes = _part(D, at[l - 1], B, i); slopes *= back
+        if l: _times(_part(D, at[l - 1], B, i), back)
 
 # %% ../nbs/api/28_minibatch.ipynb #dc222912
 @compiled
-def _block(first, last, where, sizes, kind, a, x, y, targets, B, losses, logits, adam, hyper, ages, limits, panel):
+def _keep(Z, logits):
+    for r in range(len(Z)):
+        for k in range(Z.shape[1]): logits[r, k] = Z[r, k]
+
+@compiled
+def _block(first, last, where, sizes, at, kind, a, x, y, targets, B, losses, logits, adam, hyper, ages, limits, room):
     "Train replicas `first` to `last` - 1 on all batches of x [R, n, in]"
     L, n = len(sizes) - 1, x.shape[1]
-    at = np.zeros(L + 1, np.int64); at[1:] = np.cumsum((B + 1) * sizes[1:])
-    H, D, T = np.empty(at[L], x.dtype), np.empty(at[L], x.dtype), np.empty((B + 1) * sizes.max(), x.dtype)
-    G = np.empty(max(panel, (B + 2) * (sizes.max() + 1)), x.dtype)
+    H, D, T, G = np.empty(at[L], x.dtype), np.empty(at[L], x.dtype), np.empty(room[0], x.dtype), np.empty(room[1], x.dtype)
     for r in range(first, last):
         t, begin = ages.copy(), 0
         while begin < n:
             k = n - begin if n - begin <= B + (B > 1) else B
-            xb, here = x[r, begin:begin + k], slice(begin, begin + k)
-            Z, Δ = _forward(where[r], sizes, at, kind, a, xb, H, D), _part(D, at[L - 1], k, sizes[L])
-            logits[r, here] = Z
-            if len(targets): _squared(Z, targets[r, here], Δ, losses[r, here])
-            else: _cross_entropy(Z, y[r, here], Δ, losses[r, here])
-            t += 1; begin += k
-            _backward(adam, where[r], sizes, at, xb, H, D, T, G, hyper, t, limits)
+            end, t = begin + k, t + 1
+            Z, Δ = _forward(where[r], sizes, at, kind, a, x[r, begin:end], H, D), _part(D, at[L - 1], k, sizes[L])
+            _keep(Z, logits[r, begin:end])
+            if len(targets): _squared(Z, targets[r, begin:end], Δ, losses[r, begin:end])
+            else: _cross_entropy(Z, y[r, begin:end], Δ, losses[r, begin:end])
+            _backward(adam, where[r], sizes, at, x[r, begin:end], H, D, T, G, hyper, t, limits)
+            begin = end
 
 # %% ../nbs/api/28_minibatch.ipynb #f121296c
 def _refuse(job):
@@ -232,15 +249,23 @@ def _count(self:Batches, adam, steps):
 
 # %% ../nbs/api/28_minibatch.ipynb #236ef9bc
 @patch
-def _targets(self:Batches, x, y):
-    "x, labels [R, n] and targets [R, n, K] as arrays, one of the two empty; `LopError` if they don't fit the networks"
-    K, dtype = int(self.sizes[-1]), self.layers[0][0].dtype
-    if x.shape[::2] != (len(self.job.nets), self.sizes[0]): raise LopError(f"The networks are {len(self.job.nets)} and have {self.sizes[0]} inputs; they were given {list(x.shape)}. Pass [replicas, examples, inputs].")
-    x, empty = x.to(dtype).contiguous().numpy(), np.empty((0, 0, K), x.numpy().dtype)
-    if self.job.loss == "squared": return x, np.empty((0, 0), np.int64), y.to(dtype).reshape(*y.shape[:2], K).contiguous().numpy()
+def _check(self:Batches, x, y):
+    "`LopError` if the block does not fit the networks"
+    R, n, K = len(self.job.nets), x.shape[1], int(self.sizes[-1])
+    if x.shape != (R, n, self.sizes[0]): raise LopError(f"The networks are {R} and have {self.sizes[0]} inputs; they were given {list(x.shape)}. Pass [replicas, examples, inputs].")
+    wanted = (R, n, K) if self.job.loss == "squared" and K + y.ndim > 3 else (R, n)
+    if y.shape != wanted: raise LopError(f"The targets of these examples are {list(wanted)}; they were given {list(y.shape)}.")
+    if self.job.loss == "squared": return
     low, high = y.aminmax()
     if low < 0 or high >= K: raise LopError(f"The labels are {low} to {high}, and the networks have {K} outputs: labels count from 0 to {K - 1}.")
-    return x, y.contiguous().numpy(), empty
+
+@patch
+def _arrays(self:Batches, x, y):
+    "x, labels [R, n] and targets [R, n, K] as arrays, one of the two empty"
+    dtype, K = self.layers[0][0].dtype, int(self.sizes[-1])
+    x = x.detach().to(dtype).contiguous(); none = np.empty((0, 0, K), x.numpy().dtype)
+    if self.job.loss != "squared": return x.numpy(), y.long().contiguous().numpy(), none
+    return x.numpy(), np.empty((0, 0), np.int64), y.detach().to(dtype).reshape(*y.shape[:2], K).contiguous().numpy()
 
 # %% ../nbs/api/28_minibatch.ipynb #076425eb
 @patch
@@ -249,13 +274,16 @@ def __call__(self:Batches,
     y  # int64 [R, n]; or float [R, n, …], one for each output, for the squared loss
 ):     # losses [R, n], logits [R, n, K]: of each example, before the step it belongs to
     "Train on all batches of the block, in order"
-    (adam, hyper), (x, y, targets) = self._hyper(), self._targets(x, y)
+    self._check(x, y)
+    (adam, hyper), (x, y, targets) = self._hyper(), self._arrays(x, y)
     where, ages = self._where(adam, hyper[1])
     R, n = x.shape[:2]; B, clip = self.job.batch_size, self.job.inside.get("weight_clipping")
     limits = (clip.bound if clip else math.inf) / np.sqrt(self.sizes[:-1])
+    at, widest = np.r_[0, np.cumsum((B + 1) * self.sizes[1:])], max(self.sizes)
+    room = (B + 1) * widest, max(_panel, (B + 2) * (widest + 1))
     losses, logits = np.empty((R, n), x.dtype), np.empty((R, n, self.sizes[-1]), x.dtype)
     with _blas().limit(limits=1, user_api="blas"):
-        share_out(lambda first, last: _block(first, last, where, self.sizes, self.kind, self.a, x, y, targets, B, losses, logits, adam, hyper, ages, limits, _panel), R, self.job.threads)
+        share_out(lambda first, last: _block(first, last, where, self.sizes, at, self.kind, self.a, x, y, targets, B, losses, logits, adam, hyper, ages, limits, room), R, self.job.threads)
     self._count(adam, max(1, -(-(n - (B > 1)) // B)))
     return torch.from_numpy(losses), torch.from_numpy(logits)
 
