@@ -12,7 +12,7 @@ import math
 from functools import cache
 from importlib import import_module
 import numpy as np
-import scipy.linalg, torch
+import torch
 from fastcore.basics import patch
 from threadpoolctl import ThreadpoolController
 from .kernels import Cannot, compiled, layers_of, numba, share_out
