@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import batches, bits, core, online, show
+from . import batches, bits, core, metrics, monitor, online, records, show
 
-FAMILIES = [bits, online, batches]
+FAMILIES = [bits, online, batches, records, metrics, monitor]
 
 
 def rows(quick): return {k: make for family in FAMILIES for k, make in family.rows(quick).items()}

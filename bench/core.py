@@ -5,7 +5,9 @@ while uncounted, then in turn with the others of its row. Its rate in a round is
 wall time; wall time stands beside. A ratio is the median of the rounds' ratios, so that both sides met the same neighbours. Memory is how far the process's resident
 memory rose while the way was made and first run. Ways that do the same work have to give the same first losses: see `agree`.
 """
+import ctypes
 import gc
+import os
 import platform
 import statistics
 import sys
@@ -40,6 +42,8 @@ class Row:
     limit: object = None                        # {name: run} -> (units per second, in words): what the machine could do; asked in each round
     unit: str = "examples/s"
     note: str = ""                              # what to know about the figures
+    together: dict = field(default_factory=dict)# {name: (role, [ways])}: their geometric mean, as one way more
+    finer: int = 1                              # so many times the rounds, each so much shorter: for differences of a few per cent
 
 
 def clocks(): return time.process_time(), time.perf_counter()
@@ -62,11 +66,17 @@ def status(key):
 
 def peak(f):
     "f(), and by how many MiB the resident memory rose meanwhile at most; None where the system does not tell"
-    gc.collect()
+    gc.collect(); give_back()
     try: Path("/proc/self/clear_refs").write_text("5")     # the peak begins anew
     except OSError: return f(), None
     before = status("VmRSS"); out = f()
     return out, max(0., status("VmHWM") - before)
+
+
+def give_back():
+    "Hand free memory back to the system, where the C library can"
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError): pass
 
 
 def first(losses, n=100):
@@ -100,14 +110,18 @@ def agree(row, losses, n=5, tolerance=1e-3):
 
 def measure(row, rounds, seconds):
     "The row's report, for JSON"
+    if hasattr(row, "measure"): return row.measure(rounds, seconds)
     made, report = prepare(row)
     for run, n in made.values(): lap(run, n, seconds / 2)
-    laps, bounds = {k: [] for k in made}, []
+    laps, bounds, rounds, seconds = {k: [] for k in made}, [], rounds * row.finer, seconds / row.finer
     for _ in range(rounds):
         for k, (run, n) in made.items(): laps[k].append(lap(run, n, seconds))
         if row.limit and "ours" in made: bounds.append(row.limit({k: run for k, (run, _) in made.items()}))
     cpu = {k: [c for c, _ in v] for k, v in laps.items()}
     for k, v in laps.items(): report[k] |= spread(cpu[k]) | dict(wall_rate=statistics.median(w for _, w in v))
+    for k, (role, names) in row.together.items():
+        cpu[k] = [statistics.geometric_mean(c) for c in zip(*(cpu[n] for n in names))]
+        report[k] = dict(role=role, missing=None, memory_mib=None) | spread(cpu[k]) | dict(wall_rate=statistics.geometric_mean(report[n]["wall_rate"] for n in names))
     if bounds: cpu["limit"] = [rate for rate, _ in bounds]
     limit = spread(cpu["limit"]) | dict(what=bounds[-1][1]) if bounds else None
     return dict(name=row.name, what=row.what, unit=row.unit, note=row.note, rounds=rounds, seconds=seconds, ways=report, limit=limit, ratios=ratios(row, cpu))
@@ -118,8 +132,9 @@ def spread(rates): return dict(rate=statistics.median(rates), low=min(rates), hi
 
 def ratios(row, cpu):
     "Every way over the plain one, ours over the peers and the limit, and the pairs that have a goal"
-    plain, others = next(iter(row.ways)), [k for k, w in row.ways.items() if w.role == "peer"] + ["limit"]
-    pairs = {(k, plain): None for k in cpu if k not in (plain, "limit")} | {("ours", k): None for k in others} | {p: None for p in row.goals}
+    plain, others = next((k for k, (role, _) in row.together.items() if role == "plain"), next(iter(row.ways))), [k for k, w in row.ways.items() if w.role == "peer"] + ["limit"]
+    over = {} if row.together else {(k, plain): None for k in cpu if k not in (plain, "limit")}
+    pairs = over | {("ours", k): None for k in others} | {p: None for p in row.goals}
     return [ratio(a, b, cpu, row.goals.get((a, b))) for a, b in pairs if a in cpu and b in cpu]
 
 
@@ -137,7 +152,6 @@ def machine():
 
 
 def len_cores():
-    import os
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -10,8 +10,9 @@ __all__ = ['Batches']
 # %% ../nbs/api/28_minibatch.ipynb #3b3cfdb0
 import math
 from functools import cache
+from importlib import import_module
 import numpy as np
-import scipy.linalg, torch
+import torch
 from fastcore.basics import patch
 from threadpoolctl import ThreadpoolController
 from .kernels import Cannot, compiled, layers_of, numba, share_out
@@ -279,7 +280,9 @@ def _room(self:Batches, dtype):
     return memory, (at[:L], at[L:2*L], at[2*L], room)
 
 @cache
-def _blas(): return ThreadpoolController()
+def _blas():
+    "What sets the number of BLAS's threads: one product is never shared out, or its bits might depend on their number"
+    import_module("scipy.linalg.cython_blas"); return ThreadpoolController()
 
 # %% ../nbs/api/28_minibatch.ipynb #20bf669c
 @patch
