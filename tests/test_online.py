@@ -121,7 +121,7 @@ def test_A78_a_dead_learner_is_reported_dead():
         order = -1
         @torch.no_grad()
         def before_task(self, learner): learner.replicas.params["linear_0.bias"][1] = -100.
-    learner = run(stream, 100, 1, Kill(), Monitor(["dead_fraction"], probe_size=None), epochs=1, sizes=[5]).fit()
+    learner = run(stream, 100, 1, Kill(), Monitor(["dead_fraction"], probe_size=None), epochs=1, sizes=[5], optimizer=SGD(lr=.01, momentum=0.)).fit()
     dead = learner.records.query("metric == 'dead_fraction'").groupby("replica").value.apply(list)
     assert dead[1] == [1., 1.] and max(dead[0]) < 1
     x = stream.seeded([0, 1])[1].train.fetch(torch.arange(128).expand(2, -1))[0]
