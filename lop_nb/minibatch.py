@@ -10,8 +10,9 @@ __all__ = ['Batches']
 # %% ../nbs/api/28_minibatch.ipynb #3b3cfdb0
 import math
 from functools import cache
+from importlib import import_module
 import numpy as np
-import scipy.linalg, torch
+import torch
 from fastcore.basics import patch
 from threadpoolctl import ThreadpoolController
 from .kernels import Cannot, compiled, layers_of, numba, share_out
@@ -97,26 +98,30 @@ if numba is not None:
 
 @compiled
 def _array(address, shape, like):
-    "The array of `shape` that lies at `address`"
+    "The array of `shape` that lies at `address`, of numbers like those of `like`"
     return carray(_pointer(address), shape, like.dtype)
-
-@compiled
-def _part(flat, at, rows, columns): return flat[at:at + rows * columns].reshape(rows, columns)
 
 # %% ../nbs/api/28_minibatch.ipynb #1e15904f
 @compiled
-def _forward(where, sizes, at, kind, a, x, H, D):
+def _forward(where, sizes, kind, a, x, H, D):
     "All H_l and f'(Z_l) of the batch x [B, n_0]; returns the logits Z_L"
     below, B, L = x, len(x), len(sizes) - 1
     for l in range(L):
         i, o = sizes[l], sizes[l + 1]
-        Z = _part(H, at[l], B, o)
+        Z = _array(H[l], (B, o), x)
         np.dot(below, _array(where[l, 0, 0], (o, i), x).T, Z)
-        _activate(kind if l < L - 1 else 0, a if l < L - 1 else 1., Z, _array(where[l, 1, 0], (o,), x), _part(D, at[l], B, o))
+        _activate(kind if l < L - 1 else 0, a if l < L - 1 else 1., Z, _array(where[l, 1, 0], (o,), x), _array(D[l], (B, o), x))
         below = Z
     return below
 
 # %% ../nbs/api/28_minibatch.ipynb #65042e2e
+@compiled
+def _step(adam, where, past, size, g, hyper, t, limit):
+    "Step `size` numbers that lie `past` bytes behind where [3], the addresses of a parameter and its averages; g is their gradient"
+    w, m, v = _array(where[0] + past, (size,), g), _array(where[1] + past, (size,), g), _array(where[2] + past, (size,), g)
+    if adam: _adam(w, m, v, g, hyper, t, limit)
+    else: _sgd(w, m, g, hyper, t, limit)
+
 @compiled
 def _sum(Δ, g):
     "g becomes the sum of the rows of Δ"
@@ -125,43 +130,38 @@ def _sum(Δ, g):
         for j in range(len(g)): g[j] += Δ[r, j]
 
 @compiled
+def _learn(adam, where, Δ, below, T, room, hyper, t, limit):
+    "Step weights and biases of one layer: where [2, 3], Δ [B, o], the layer's inputs `below` [B, i]; at T is room for so many numbers"
+    (B, o), i, size = Δ.shape, below.shape[1], Δ.itemsize
+    rows = max(1, room // (i + B))
+    for first in range(0, o, rows):
+        k = min(rows, o - first)
+        d, g = _array(T, (B, k), Δ), T + B * k * size
+        for r in range(B):
+            for j in range(k): d[r, j] = Δ[r, first + j]
+        np.dot(d.T, below, _array(g, (k, i), Δ))
+        _step(adam, where[0], first * i * size, k * i, _array(g, (k * i,), Δ), hyper, t[0], limit)
+    g = _array(T, (o,), Δ); _sum(Δ, g)
+    _step(adam, where[1], 0, o, g, hyper, t[1], limit)
+
+# %% ../nbs/api/28_minibatch.ipynb #7eb0022f
+@compiled
 def _times(D, back):
     for r in range(len(D)):
         for j in range(D.shape[1]): D[r, j] *= back[r, j]
 
 @compiled
-def _step(adam, w, m, v, g, hyper, t, limit):
-    if adam: _adam(w, m, v, g, hyper, t, limit)
-    else: _sgd(w, m, g, hyper, t, limit)
-
-@compiled
-def _learn(adam, where, Δ, below, G, hyper, t, limit):
-    "Step weights and biases of one layer: where [2, 3], Δ [B, o], the layer's inputs `below` [B, i]; G is scratch"
-    (B, o), i = Δ.shape, below.shape[1]
-    rows = max(1, len(G) // (i + B))
-    for first in range(0, o, rows):
-        k, past = min(rows, o - first), first * i * G.itemsize
-        d, g = _part(G, 0, B, k), _part(G, B * k, k, i)
-        for r in range(B):
-            for j in range(k): d[r, j] = Δ[r, first + j]
-        np.dot(d.T, below, g)
-        _step(adam, _array(where[0, 0] + past, (k * i,), Δ), _array(where[0, 1] + past, (k * i,), Δ), _array(where[0, 2] + past, (k * i,), Δ), g.ravel(), hyper, t[0], limit)
-    g = _part(G, 0, 1, o).ravel()
-    _sum(Δ, g)
-    _step(adam, _array(where[1, 0], (o,), Δ), _array(where[1, 1], (o,), Δ), _array(where[1, 2], (o,), Δ), g, hyper, t[1], limit)
-
-@compiled
-def _backward(adam, where, sizes, at, x, H, D, T, G, hyper, t, limits):
-    "Step all layers; D holds Δ_L and, below it, the slopes f'(Z_l)"
+def _backward(adam, where, sizes, x, H, D, T, room, hyper, t, limits):
+    "Step all layers; D has Δ_L and, below it, the slopes f'(Z_l)"
     B = len(x)
     for l in range(len(sizes) - 2, -1, -1):
         i, o = sizes[l], sizes[l + 1]
-        Δ, below = _part(D, at[l], B, o), x
+        Δ, below, back = _array(D[l], (B, o), x), x, _array(T + room * x.itemsize, (B, i), x)
         if l:
-            below, back = _part(H, at[l - 1], B, i), _part(T, 0, B, i)
+            below = _array(H[l - 1], (B, i), x)
             np.dot(Δ, _array(where[l, 0, 0], (o, i), x), back)
-        _learn(adam, where[l], Δ, below, G, hyper, t[l], limits[l])
-        if l: _times(_part(D, at[l - 1], B, i), back)
+        _learn(adam, where[l], Δ, below, T, room, hyper, t[l], limits[l])
+        if l: _times(_array(D[l - 1], (B, i), x), back)
 
 # %% ../nbs/api/28_minibatch.ipynb #dc222912
 @compiled
@@ -170,20 +170,20 @@ def _keep(Z, logits):
         for k in range(Z.shape[1]): logits[r, k] = Z[r, k]
 
 @compiled
-def _block(first, last, where, sizes, at, kind, a, x, y, targets, B, losses, logits, adam, hyper, ages, limits, room):
+def _block(first, last, where, sizes, kind, a, x, y, targets, B, losses, logits, adam, hyper, ages, limits, H, D, T, room):
     "Train replicas `first` to `last` - 1 on all batches of x [R, n, in]"
     L, n = len(sizes) - 1, x.shape[1]
-    H, D, T, G = np.empty(at[L], x.dtype), np.empty(at[L], x.dtype), np.empty(room[0], x.dtype), np.empty(room[1], x.dtype)
     for r in range(first, last):
         t, begin = ages.copy(), 0
         while begin < n:
             k = n - begin if n - begin <= B + (B > 1) else B
-            end, t = begin + k, t + 1
-            Z, Δ = _forward(where[r], sizes, at, kind, a, x[r, begin:end], H, D), _part(D, at[L - 1], k, sizes[L])
+            end, xb = begin + k, x[r, begin:begin + k]
+            for l in range(L): t[l, 0] += 1; t[l, 1] += 1
+            Z, Δ = _forward(where[r], sizes, kind, a, xb, H, D), _array(D[L - 1], (k, sizes[L]), x)
             _keep(Z, logits[r, begin:end])
             if len(targets): _squared(Z, targets[r, begin:end], Δ, losses[r, begin:end])
             else: _cross_entropy(Z, y[r, begin:end], Δ, losses[r, begin:end])
-            _backward(adam, where[r], sizes, at, x[r, begin:end], H, D, T, G, hyper, t, limits)
+            _backward(adam, where[r], sizes, xb, H, D, T, room, hyper, t, limits)
             begin = end
 
 # %% ../nbs/api/28_minibatch.ipynb #f121296c
@@ -268,6 +268,23 @@ def _arrays(self:Batches, x, y):
     return x.numpy(), np.empty((0, 0), np.int64), y.detach().to(dtype).reshape(*y.shape[:2], K).contiguous().numpy()
 
 # %% ../nbs/api/28_minibatch.ipynb #076425eb
+_panel = 2**17  # numbers of a gradient that are made at a time
+
+@patch
+def _room(self:Batches, dtype):
+    "Scratch memory of one thread, to be held while it is used: addresses H and D of each layer, T, and the room for gradients at T"
+    B, sizes, L = self.job.batch_size + 1, self.sizes, len(self.layers)
+    room = max(_panel, (B + 1) * (max(sizes) + 1))
+    ends = np.cumsum([0, *B * sizes[1:], *B * sizes[1:], room + B * max(sizes)])
+    memory = np.empty(ends[-1], dtype); at = memory.ctypes.data + ends * memory.itemsize
+    return memory, (at[:L], at[L:2*L], at[2*L], room)
+
+@cache
+def _blas():
+    "What sets the number of BLAS's threads: one product is never shared out, or its bits might depend on their number"
+    import_module("scipy.linalg.cython_blas"); return ThreadpoolController()
+
+# %% ../nbs/api/28_minibatch.ipynb #20bf669c
 @patch
 def __call__(self:Batches,
     x, # float [R, n, in]: n is a multiple of the batch size, except at the end of an epoch
@@ -279,16 +296,10 @@ def __call__(self:Batches,
     where, ages = self._where(adam, hyper[1])
     R, n = x.shape[:2]; B, clip = self.job.batch_size, self.job.inside.get("weight_clipping")
     limits = (clip.bound if clip else math.inf) / np.sqrt(self.sizes[:-1])
-    at, widest = np.r_[0, np.cumsum((B + 1) * self.sizes[1:])], max(self.sizes)
-    room = (B + 1) * widest, max(_panel, (B + 2) * (widest + 1))
     losses, logits = np.empty((R, n), x.dtype), np.empty((R, n, self.sizes[-1]), x.dtype)
-    with _blas().limit(limits=1, user_api="blas"):
-        share_out(lambda first, last: _block(first, last, where, self.sizes, at, self.kind, self.a, x, y, targets, B, losses, logits, adam, hyper, ages, limits, room), R, self.job.threads)
+    def train(first, last):
+        memory, addresses = self._room(x.dtype)
+        _block(first, last, where, self.sizes, self.kind, self.a, x, y, targets, B, losses, logits, adam, hyper, ages, limits, *addresses)
+    with _blas().limit(limits=1, user_api="blas"): share_out(train, R, self.job.threads)
     self._count(adam, max(1, -(-(n - (B > 1)) // B)))
     return torch.from_numpy(losses), torch.from_numpy(logits)
-
-# %% ../nbs/api/28_minibatch.ipynb #20bf669c
-_panel = 2**17  # numbers of a gradient that are made at a time
-
-@cache
-def _blas(): return ThreadpoolController()
