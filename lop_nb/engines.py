@@ -10,12 +10,14 @@ __all__ = ['engines', 'pays', 'Block', 'Torch', 'Vmap', 'Compiled', 'loss_of', '
 # %% ../nbs/api/29_engines.ipynb #5ad269ab
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.func import functional_call, grad_and_value, vmap
-from .kernels import Cannot, Job, layers_of
+from . import kernels
+from .active import Active
+from .kernels import Cannot, Job, Shallow, layers_of
+from .minibatch import Batches
 from .runtime import LopError, one_of
 
 # %% ../nbs/api/29_engines.ipynb #2bd84a6e
@@ -100,7 +102,7 @@ def loss_of(
     task # a task of a stream
 )->str:  # a key of `_losses`
     "The task's loss by name; `Cannot` if it is none that can be compiled"
-    if type(task).__name__ not in ("Task", "Regression"): raise Cannot("one task passes into the next")
+    if type(task).__name__ not in ("Task", "Regression") or getattr(task.train, "way", None) == "labels": raise Cannot("one task's labels pass into the next's")
     if task.active is not None: raise Cannot("the tasks have some of the classes only")
     return "squared" if task.classes is None else "cross_entropy"
 
@@ -120,6 +122,7 @@ def job_of(
 )->Job:
     "The learner's steps as a job for a kernel; `Cannot` if no kernel can see to all of it"
     nets, inside = learner.replicas, {c.inside: c for c in learner.callbacks if c.inside}
+    if kernels.numba is None: raise Cannot("numba is not installed")
     if nets.device.type != "cpu": raise Cannot(f"the networks are on {nets.device}")
     for c in learner.callbacks:
         if not c.inside and (c.reads or c in learner.watchers): raise Cannot(f"{type(c).__name__} must see every step")
@@ -132,8 +135,6 @@ class Numba:
     def __init__(self, learner):
         job = job_of(learner)
         deep = len(layers_of(job.nets.modules[0])[0]) > 2
-        try: Active, Shallow, Batches = (getattr(import_module(f"lop_nb.{m}"), c) for m, c in (("active", "Active"), ("kernels", "Shallow"), ("minibatch", "Batches")))
-        except (ImportError, AttributeError): raise Cannot("its kernel is not written")
         self.train, self.codes = (Batches if job.batch_size > 1 else Active if deep else Shallow)(job), job.batch_size == 1 and not deep
     def __call__(self, learner, block):
         coded = block.coded() if self.codes else None
