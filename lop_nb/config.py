@@ -317,6 +317,7 @@ class TrainingConfig:
 @dataclass
 class MetricsConfig:
     "What is measured at the end of each task, and on what"
+    bin: Optional[int] = None            # also loss and accuracy online, over each so many examples; None: over epochs and tasks alone
     names: list[str] = field(default_factory=lambda: ["dead_fraction", "duplicate_fraction", "effective_rank", "stable_rank", "weight_norm"]) # of `metrics.known`; [all]: every one
     probe_split: str = "train"           # train, val, test
     probe_size: Optional[int] = 500      # examples, balanced over the classes; None: the whole split

@@ -183,7 +183,7 @@ def at_ends(
     df # records
 )->list:
     "The metrics that say something at the end of a task: all but those within tasks, on other tasks, and of distributions"
-    return [m for m in df.metric.unique() if not m.startswith(("train_", "val_", "other_", "act_means_hist", "act_stds_hist")) and not m.endswith("_before_reset")]
+    return [m for m in df.metric.unique() if not m.startswith(("train_", "binned_", "val_", "other_", "act_means_hist", "act_stds_hist")) and not m.endswith("_before_reset")]
 
 def save_figures(
     df,    # records
