@@ -89,7 +89,7 @@ def test_A74_the_learner(name, gain):
         cfg.model.hidden_sizes = [size]; nets = make_replicas(cfg, (1, 1, 20), 1); p = nets.params
         assert p["linear_0.weight"].shape == (2, size, 20) and p["out.weight"].shape == (2, 1, size) and not p["linear_0.bias"].any() and not p["out.bias"].any()
         for k, bound in ("linear_0.weight", gain*(3/20)**.5), ("out.weight", (3/size)**.5): assert .5*bound < p[k].abs().max() <= bound*(1 + 1e-6)
-        fresh = nets.graph[f"act_0"].fresh((1000, 20), 20, torch.Generator().manual_seed(0)); assert .99*gain*(3/20)**.5 < fresh.abs().max() <= gain*(3/20)**.5*(1 + 1e-6)
+        fresh = nets.graph["act_0"].fresh((1000, 20), 20, torch.Generator().manual_seed(0)); assert .99*gain*(3/20)**.5 < fresh.abs().max() <= gain*(3/20)**.5*(1 + 1e-6)
     z = torch.linspace(-4, 4, 9); f = nets.modules[0].act_0
     by_hand = dict(relu=z.clamp(min=0), tanh=z.tanh(), sigmoid=1/(1 + (-z).exp()), leaky_relu=torch.where(z < 0, .01*z, z), elu=torch.where(z < 0, z.exp() - 1, z), swish=z/(1 + (-z).exp()))
     assert torch.allclose(f(z), by_hand[name], atol=1e-6)
@@ -138,6 +138,23 @@ def test_A77_shrink_and_perturb():
     start = study(*words)[1][0].replicas.params["linear_0.weight"].detach().clone()
     moved = trained((*words, "training.noise_variance=.0001"))[1]["linear_0.weight"] - start
     assert abs(moved.std()/(40*.0001)**.5 - 1) < .05                        # 4000 numbers: 4.5 standard errors
+
+
+def test_A78_binned_error_and_measures_of_units():
+    "squared error in bins of 1000 examples, by `bin_size`; units measured on 128 rows with thresholds dead .95, corr .98, sat .05/.8, behind the activation: a dead learner is reported dead (in the source it was not)"
+    words = (*BITS, "intervention.arms=[backprop]", "training.T=1000", "stream.tasks=2", "model.hidden_size_learner=5")
+    cfg, (learner, *_) = study(*words, "optimizer.lr=0", "training.bin_size=500")
+    assert compose(BITS).metrics.bin == 1000
+    assert (cfg.metrics.probe_size, cfg.metrics.dead_threshold, cfg.metrics.duplicate_threshold, cfg.metrics.gradient_ratio, cfg.metrics.saturated_threshold) == (128, .95, .98, .05, .8)
+    with torch.no_grad(): learner.replicas.params["linear_0.bias"][0] = -100.    # the first replica's units are silent on every input
+    df = learner.fit().records; bins = df[df.metric == "binned_loss"].sort_values(["replica", "examples"])
+    x, y = (torch.cat(t, 1) for t in zip(*(learner.stream[k].train.fetch(ALL(learner.stream[k].train)) for k in range(2))))
+    by_hand = (learner.replicas(x).detach()[..., 0] - y).square().double().view(2, 4, 500).mean(2)     # nothing is learnt at a step of 0
+    assert bins.examples.tolist() == [500, 1000, 1500, 2000]*2 and np.allclose(bins.value, by_hand.flatten(), rtol=1e-5)
+    units = df[df.layer == "act_0"]
+    assert mean(units, "dead_fraction", replica=0) == 1 and mean(units, "dead_fraction", replica=1) < 1
+    h = learner.replicas(learner.stream[1].train.fetch(torch.arange(128).expand(2, -1))[0], ["act_0"])[1]["act_0"]
+    assert mean(units, "dead_fraction", replica=1, task=1) == pytest.approx(((h[1] <= 1e-7).double().mean(0) >= .95).double().mean().item())
 
 
 def test_A79_what_is_left_on_disk(tmp_path):
