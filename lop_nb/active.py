@@ -124,27 +124,42 @@ def _loss(z, K, label, value, squared, d):
     return np.log(total) + top - z[label]
 
 # %% ../nbs/api/27_active.ipynb #0d62c4a5
+@compiled
+def _within(v, bound):
+    v = bound if v > bound else v
+    return -bound if v < -bound else v
+
 @compiled(fastmath=fused)
 def _step(W, d, h, active, n, lr, keep, bound):
     "W_i ← keep·W_i − lr·h_i·d for the active rows, within the bound"
     for k in range(n):
         w, a = W[active[k]], lr * h[active[k]]
         for j in range(len(d)):
-            v = keep * w[j] - a * d[j]
-            v = bound if v > bound else v
-            w[j] = -bound if v < -bound else v
+            w[j] = _within(keep * w[j] - a * d[j], bound)
 
+# %% ../nbs/api/27_active.ipynb #c032b1a0
 @compiled(fastmath=dots)
 def _step_back(W, d, h, φ, active, n, lr, keep, bound, back):
     "The same; and back = φ′ ∘ W d with the old W"
-    for k in range(n):
+    _fours_back(W, d, h, φ, active, n, lr, keep, bound, back)
+    for k in range(n - n % 4, n):
         w, a, s = W[active[k]], lr * h[active[k]], d.dtype.type(0)
-        for j in range(len(d)):
-            s += w[j] * d[j]
-            v = keep * w[j] - a * d[j]
-            v = bound if v > bound else v
-            w[j] = -bound if v < -bound else v
+        for j in range(len(d)): s += w[j] * d[j]; w[j] = _within(keep * w[j] - a * d[j], bound)
         back[active[k]] = s * φ[active[k]]
+
+@compiled(fastmath=dots)
+def _fours_back(W, d, h, φ, active, n, lr, keep, bound, back):
+    "Four rows at a time: memory brings one while another is worked on"
+    for k in range(0, n - 3, 4):
+        i0, i1, i2, i3, s0 = active[k], active[k + 1], active[k + 2], active[k + 3], d.dtype.type(0)
+        w0, w1, w2, w3, s1, s2, s3 = W[i0], W[i1], W[i2], W[i3], s0, s0, s0
+        a0, a1, a2, a3 = lr * h[i0], lr * h[i1], lr * h[i2], lr * h[i3]
+        for j in range(len(d)):
+            e, u0, u1, u2, u3 = d[j], w0[j], w1[j], w2[j], w3[j]
+            s0 += u0 * e; s1 += u1 * e; s2 += u2 * e; s3 += u3 * e
+            w0[j] = _within(keep * u0 - a0 * e, bound); w1[j] = _within(keep * u1 - a1 * e, bound)
+            w2[j] = _within(keep * u2 - a2 * e, bound); w3[j] = _within(keep * u3 - a3 * e, bound)
+        back[i0], back[i1], back[i2], back[i3] = s0 * φ[i0], s1 * φ[i1], s2 * φ[i2], s3 * φ[i3]
 
 # %% ../nbs/api/27_active.ipynb #c58e559a
 @compiled
@@ -305,9 +320,7 @@ def _adam_first(W, M, V, d, x, how, c, ε, after, z):
         for j in range(len(d)):
             g = a * d[j] + wd * w[j]
             mj = m[j] + new1 * (g - m[j]); vj = β2 * v[j] + new2 * (g * g)
-            u = keep * w[j] - c * mj / (np.sqrt(vj) + ε)
-            u = bound if u > bound else u
-            u = -bound if u < -bound else u
+            u = _within(keep * w[j] - c * mj / (np.sqrt(vj) + ε), bound)
             m[j] = mj; v[j] = vj; w[j] = u
             z[j] += xn * u
 
@@ -321,9 +334,7 @@ def _adam_back(W, M, V, d, h, how, c, ε, φ, back):
             s += w[j] * d[j]
             g = a * d[j] + wd * w[j]
             mj = m[j] + new1 * (g - m[j]); vj = β2 * v[j] + new2 * (g * g)
-            u = keep * w[j] - c * mj / (np.sqrt(vj) + ε)
-            u = bound if u > bound else u
-            u = -bound if u < -bound else u
+            u = _within(keep * w[j] - c * mj / (np.sqrt(vj) + ε), bound)
             m[j] = mj; v[j] = vj; w[j] = u
         back[i] = s * φ[i]
 
