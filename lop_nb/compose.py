@@ -65,7 +65,7 @@ def _tasks(v, examples): # how many tasks so many examples are
 phrases = {   # a word of theirs -> (its value, the examples of a task) -> our override
     "model.hidden_size_learner": lambda v, _: f"model.hidden_sizes=[{v}]",
     "optimizer.use_adam": lambda v, _: {True: "optimizer=adam", False: "optimizer=plain_sgd"}.get(_switch(v)),
-    "training.noise_variance": lambda v, _: f"intervention.shrink_and_perturb.noise={float(v)**.5}",
+    "training.noise_variance": lambda v, _: f"intervention.shrink_and_perturb.noise={float(v)**.5}" if re.fullmatch(r"[\d.]+(e-?\d+)?", v) else None,
     "training.n_examples": _tasks}
 
 switches = {"training.continual_backprop": "continual_backprop", "training.use_shrink_perturb": "shrink_and_perturb"}   # together they make one arm
@@ -73,8 +73,7 @@ switches = {"training.continual_backprop": "continual_backprop", "training.use_s
 # %% ../nbs/api/03_compose.ipynb #af401d4c
 def _say(word, values, examples):
     "The override for one of `phrases`, for each of the values that are swept over"
-    try: ours = [phrases[word](v, examples) for v in values.split(",")]
-    except ValueError: ours = [None]
+    ours = [phrases[word](v, examples) for v in values.split(",")]
     if None in ours: raise LopError(f"{word}={values}: this is not a value that it can have.")
     return f"{ours[0].partition('=')[0]}={','.join(o.partition('=')[2] for o in ours)}"
 
