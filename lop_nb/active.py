@@ -35,25 +35,34 @@ class Plan:
 # %% ../nbs/api/27_active.ipynb #43ee954c
 def same_place(a, b): return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
+def _zeros(like, size):
+    "Zeros [R, size], in numpy's memory: it asks for large pages, with which rows far from each other come faster"
+    return torch.from_numpy(np.zeros((len(like), size), str(like.dtype).removeprefix("torch.")))
+
 @patch
 def settle(self:Plan,
     flat,   # [R, size], or None
     tensors # {name: [R, …]}
 ):          # flat, and {name: view} for all that did not lie there; flat has their numbers
     "One array with all of `tensors` in it"
-    if flat is None: flat = tensors[self.names[0]].new_zeros(len(tensors[self.names[0]]), self.size)
+    if flat is None: flat = _zeros(tensors[self.names[0]], self.size)
     homes = self.views(flat)
     moved = {k: h.copy_(tensors[k].detach()) for k, h in homes.items() if not same_place(h, tensors[k])}
     return flat, moved
 
 # %% ../nbs/api/27_active.ipynb #f9959824
+@compiled
+def _copy(a, b): # numba's b[:] = a takes seconds to compile
+    for j in range(len(b)): b[j] = a[j]
+
+# %% ../nbs/api/27_active.ipynb #aa1b1115
 fused = {"contract"}               # a multiplication and an addition in one instruction
 dots = {"contract", "reassoc"}     # sums in any order
 
 @compiled(fastmath=fused)
 def _forward(W, b, h, active, n, z):
     "z = b + Σ h_i W_i over the first n active rows"
-    z[:] = b
+    _copy(b, z)
     for k in range(0, n - 3, 4): _four(z, h, W, active[k], active[k + 1], active[k + 2], active[k + 3])
     for k in range(n - n % 4, n):
         w, a = W[active[k]], h[active[k]]
@@ -107,7 +116,8 @@ def _loss(z, K, label, value, squared, d):
     if squared:
         e = z[0] - value; d[0] = 2 * e
         return e * e
-    top = z[:K].max(); total = z.dtype.type(0)
+    top, total = z[0], z.dtype.type(0)
+    for k in range(K): top = max(top, z[k])
     for k in range(K): d[k] = np.exp(z[k] - top); total += d[k]
     for k in range(K): d[k] /= total
     d[label] -= 1
@@ -151,13 +161,14 @@ Scratch = namedtuple("Scratch", "h φ d active n")
 @compiled
 def _scratch(θ, table, wide):
     "Room for one example: h and φ′ [L + 1, …], slopes of two layers, numbers of the active rows [L, …]"
-    L, most = len(table), max(wide, table[:, 2].max())
+    L, most = len(table), wide
+    for l in range(L): most = max(most, table[l, 2])
     return Scratch(np.zeros((L + 1, most), θ.dtype), np.zeros((L + 1, most), θ.dtype), np.zeros((2, most), θ.dtype), np.zeros((L, most + 1), np.int64), np.zeros(L, np.int64))
 
 @compiled
 def _see(θ, table, x, s, kind, slope, all, begun):
     "Forward pass of x [in]; if `begun`, the first layer's sum is there"
-    s.h[0, :len(x)] = x
+    _copy(x, s.h[0, :len(x)])
     for l in range(len(table)):
         W, b = _weights(θ, table, l); z, φ = s.h[l + 1, :len(b)], s.φ[l + 1, :len(b)]
         s.n[l] = _find(s.h[l], len(W), all or l > 0 and kind != 1, s.active[l])
@@ -168,12 +179,12 @@ def _see(θ, table, x, s, kind, slope, all, begun):
 @compiled
 def _sgd(θ, table, x, labels, values, squared, kind, slope, lr, keep, bounds, losses, logits, renew, sums, stats, due, fresh):
     "Learn from the examples x [n, in] in order"
-    L, K, s = len(table), table[-1, 1], _scratch(θ, table, x.shape[1])
+    L, K, s = len(table), table[len(table) - 1, 1], _scratch(θ, table, x.shape[1])
     ones, zero, used = np.ones(1, θ.dtype), np.zeros(1, np.int64), np.zeros(L, np.int64)
     if renew.on: _count_all(θ, table, renew, sums)
     for t in range(len(x)):
         _see(θ, table, x[t], s, kind, slope, keep != 1, False)
-        logits[t] = s.h[L, :K]
+        _copy(s.h[L], logits[t])
         losses[t] = _loss(s.h[L, :len(s.d[0])], K, labels[t], values[t], squared, s.d[L % 2])
         for l in range(L - 1, -1, -1):
             W, b = _weights(θ, table, l)
@@ -205,12 +216,12 @@ def _step_count(W, d, h, φ, active, n, lr, keep, back, renew, change, rows, col
     whole, scale, top, half = change.dtype.type, renew.scale, renew.top, renew.half
     for k in range(n):
         i = active[k]
-        w, a, s, r = W[i], lr * h[i], d.dtype.type(0), 0
+        w, a, s, r = W[i], lr * h[i], d.dtype.type(0), whole(0)
         for j in range(len(d)):
             u = w[j]; s += u * d[j]
             v = keep * u - a * d[j]; w[j] = v
             c = whole(min(abs(v), top) * scale + half) - whole(min(abs(u), top) * scale + half)
-            change[j] += c; r += c
+            change[j] += c; r = whole(r + c)
         back[i] = s * φ[i]; rows[i] += r
     for j in range(len(d)): cols[j] += change[j]; change[j] = 0
 
@@ -320,11 +331,11 @@ def _adam_back(W, M, V, d, h, how, c, ε, φ, back):
 @compiled
 def _adam(θ, m, v, table, x, labels, values, squared, kind, slope, pace, hows, losses, logits):
     "Learn from the examples x [n, in] in order"
-    L, K, s = len(table), table[-1, 1], _scratch(θ, table, x.shape[1])
+    L, K, s = len(table), table[len(table) - 1, 1], _scratch(θ, table, x.shape[1])
     ones, none = np.ones(1, θ.dtype), np.zeros(1, θ.dtype)
     for t in range(len(x)):
         _see(θ, table, x[t], s, kind, slope, True, t > 0)
-        logits[t] = s.h[L, :K]
+        _copy(s.h[L], logits[t])
         losses[t] = _loss(s.h[L], K, labels[t], values[t], squared, s.d[L % 2])
         for l in range(L - 1, -1, -1):
             (W, b), (Mw, Mb), (Vw, Vb) = _weights(θ, table, l), _weights(m, table, l), _weights(v, table, l)
@@ -332,7 +343,7 @@ def _adam(θ, m, v, table, x, labels, values, squared, kind, slope, pace, hows, 
             c, ε, cb, εb = pace[t, 2*l, 0], pace[t, 2*l, 1], pace[t, 2*l + 1, 0], pace[t, 2*l + 1, 1]
             _adam_first(_one(b), _one(Mb), _one(Vb), d, ones, hows[l], cb, εb, none, z)
             if l: back[:] = 0; _adam_back(W, Mw, Vw, d, s.h[l], hows[l], c, ε, s.φ[l], back)
-            else: z[:len(b)] = b; _adam_first(W, Mw, Vw, d, s.h[0], hows[l], c, ε, x[min(t + 1, len(x) - 1)], z)
+            else: _copy(b, z[:len(b)]); _adam_first(W, Mw, Vw, d, s.h[0], hows[l], c, ε, x[min(t + 1, len(x) - 1)], z)
 
 # %% ../nbs/api/27_active.ipynb #667fd550
 class Active:

@@ -75,7 +75,9 @@ def often(
 )->torch.Tensor:          # bool [..., D]
     "The units for which it is true in at least this share of the samples"
     if rows is None: return true.sum(-2, dtype=torch.int32) >= math.ceil(share*true.shape[-2] - 1e-9)
-    return double((true & rows[..., None]).sum(-2, dtype=torch.int32)) >= share*double(rows.sum(-1, keepdim=True)) - 1e-9
+    return _reached((true & rows[..., None]).sum(-2, dtype=torch.int32), share, rows)
+
+def _reached(times, share, rows): return double(times) >= share*double(rows.sum(-1, keepdim=True)) - 1e-9
 
 def dead_fraction(
     h:torch.Tensor,      # Activations [..., N, D]
@@ -153,7 +155,7 @@ def gradient_shares(
 # %% ../nbs/api/17_activity.ipynb #3a794d8a
 def _by_share(h, grads, ratio, threshold):
     shares = gradient_shares(h, grads); rows = ~shares[..., 0].isnan()
-    flat = often(shares <= ratio, threshold, rows)
+    flat = _reached((shares <= ratio).sum(-2, dtype=torch.int32), threshold, rows)   # NaN is not below anything
     return torch.where(rows.any(-1).to(flat.device), flat.to(result_type(h)).mean(-1), math.nan)
 
 def _by_source(h, grads, ratio, threshold):

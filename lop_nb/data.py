@@ -90,6 +90,10 @@ class Dataset:
     def input_size(self): return self.train.x[0].numel()
     @cached_property
     def all(self): return Split(*(torch.cat([getattr(s, k) for s in (self.train, self.val, self.test)]) for k in "xy")) # train, val and test in one
+    @property
+    def device(self): return self.train.x.device
+    @property
+    def examples(self): return [len(s) for s in (self.train, self.val, self.test)]
     def to(self, device): return replace(self, **{s: getattr(self, s).to(device) for s in ("train", "val", "test")})
 
 # %% ../nbs/api/05_data.ipynb #077afad6

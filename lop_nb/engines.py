@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.func import functional_call, grad_and_value, vmap
+from . import kernels
 from .active import Active
 from .kernels import Cannot, Job, Shallow, layers_of
 from .minibatch import Batches
@@ -101,7 +102,7 @@ def loss_of(
     task # a task of a stream
 )->str:  # a key of `_losses`
     "The task's loss by name; `Cannot` if it is none that can be compiled"
-    if type(task).__name__ not in ("Task", "Regression"): raise Cannot("one task passes into the next")
+    if type(task).__name__ not in ("Task", "Regression") or getattr(task.train, "way", None) == "labels": raise Cannot("one task's labels pass into the next's")
     if task.active is not None: raise Cannot("the tasks have some of the classes only")
     return "squared" if task.classes is None else "cross_entropy"
 
@@ -121,6 +122,7 @@ def job_of(
 )->Job:
     "The learner's steps as a job for a kernel; `Cannot` if no kernel can see to all of it"
     nets, inside = learner.replicas, {c.inside: c for c in learner.callbacks if c.inside}
+    if kernels.numba is None: raise Cannot("numba is not installed")
     if nets.device.type != "cpu": raise Cannot(f"the networks are on {nets.device}")
     for c in learner.callbacks:
         if not c.inside and (c.reads or c in learner.watchers): raise Cannot(f"{type(c).__name__} must see every step")

@@ -87,18 +87,18 @@ _utilities = "contribution", "zero_contribution", "adaptation", "adaptable_contr
 
 # %% ../nbs/api/26_kernels.ipynb #8bd914ff
 @compiled(inline=True)
-def _present(x, ix, xs):
-    "Write the places and values of the inputs that are not zero, behind the bias's; how many there are"
-    ix[0] = len(x); xs[0] = 1; n = 1
-    for i in range(len(x)): ix[n] = i; xs[n] = x[i]; n += x[i] != 0
+def _present(x, k, ix, xs, a):
+    "Write places and values of the inputs of row k that are not zero into row a, behind the bias's; how many there are"
+    ix[a, 0] = x.shape[1]; xs[a, 0] = 1; n = 1
+    for i in range(x.shape[1]): ix[a, n] = i; xs[a, n] = x[k, i]; n += x[k, i] != 0
     return n
 
 @compiled(inline=True)
-def _weigh(P, ix, xs, n, z):
+def _weigh(P, ix, xs, a, n, z):
     "z = b + Wx"
     z[:] = 0
-    for a in range(n):
-        i, v = ix[a], xs[a]
+    for q in range(n):
+        i, v = ix[a, q], xs[a, q]
         for j in range(len(z)): z[j] += v * P[i, j]
 
 # %% ../nbs/api/26_kernels.ipynb #4949e5b7
@@ -135,7 +135,7 @@ def _answer(P, net, h, o):
 @compiled(inline=True)
 def _surprise(net, o, label, d):
     "The cross-entropy −log softmax(o)_y, and d"
-    top, total = o.max(), o.dtype.type(0)
+    top, total = o[:net.out].max(), o.dtype.type(0)
     for k in range(net.out): d[k] = math.exp(o[k] - top); total += d[k]
     for k in range(net.out): d[k] /= total
     d[label] -= 1
@@ -157,11 +157,11 @@ def _shrink(P, keep):
         for j in range(P.shape[1]): P[r, j] *= keep
 
 @compiled(inline=True)
-def _descend(P, net, step, ix, xs, n, delta, h, d):
+def _descend(P, net, step, ix, xs, a, n, delta, h, d):
     if step.keep != 1: _shrink(P, step.keep)
     for j in range(len(delta)): delta[j] *= step.lr
-    for a in range(n):
-        i, v = ix[a], xs[a]
+    for q in range(n):
+        i, v = ix[a, q], xs[a, q]
         for j in range(len(delta)): P[i, j] -= v * delta[j]
     for k in range(net.out if net.hidden else 0):
         r, v = net.n_in + 1 + k, step.lr * d[k]
@@ -170,34 +170,48 @@ def _descend(P, net, step, ix, xs, n, delta, h, d):
 
 # %% ../nbs/api/26_kernels.ipynb #6eb387f1
 @compiled(inline=True)
-def _adam_row(P, M, r, v, vec, step, size, root):
-    for j in range(P.shape[1]):
-        grad = v * vec[j] + step.wd * P[r, j]
-        M[0, r, j] += (grad - M[0, r, j]) * step.b1
-        M[1, r, j] += (grad * grad - M[1, r, j]) * step.b2
-        P[r, j] = P[r, j] * step.keep - size * M[0, r, j] / (math.sqrt(M[1, r, j]) / root + step.eps)
+def _gradient(G, net, ix, xs, a, n, delta, h, d):
+    "All gradients, shaped as P; rows of zero inputs are zero"
+    G[:] = 0
+    for q in range(n):
+        i, v = ix[a, q], xs[a, q]
+        for j in range(len(delta)): G[i, j] = v * delta[j]
+    for k in range(net.out if net.hidden else 0):
+        r, v = net.n_in + 1 + k, d[k]
+        for j in range(len(h)): G[r, j] = v * h[j]
+        G[net.n_in + 1 + net.out, k] = v
 
 @compiled(inline=True)
-def _aged_row(P, M, r, v, vec, step):
+def _adam(P, m, q, G, step, size, root):
+    "Adam with one age for all, on flat arrays"
+    for i in range(len(P)):
+        grad = G[i] + step.wd * P[i]
+        m[i] += (grad - m[i]) * step.b1
+        q[i] += (grad * grad - q[i]) * step.b2
+        P[i] = P[i] * step.keep - size * m[i] / (math.sqrt(q[i]) / root + step.eps)
+
+@compiled(inline=True)
+def _aged_adam(P, m, q, m1, q1, G, step):
+    "Adam with an age for each element"
     one = P.dtype.type(1)
-    for j in range(P.shape[1]):
-        grad = v * vec[j] + step.wd * P[r, j]
-        M[0, r, j] += (grad - M[0, r, j]) * step.b1
-        M[1, r, j] += (grad * grad - M[1, r, j]) * step.b2
-        M[2, r, j] += (one - M[2, r, j]) * step.b1; M[3, r, j] += (one - M[3, r, j]) * step.b2
-        P[r, j] = P[r, j] * step.keep - step.lr * (M[0, r, j] / M[2, r, j]) / (math.sqrt(M[1, r, j] / M[3, r, j]) + step.eps)
+    for i in range(len(P)):
+        grad = G[i] + step.wd * P[i]
+        m[i] += (grad - m[i]) * step.b1; m1[i] += (one - m1[i]) * step.b1
+        q[i] += (grad * grad - q[i]) * step.b2; q1[i] += (one - q1[i]) * step.b2
+        P[i] = P[i] * step.keep - step.lr * (m[i] / m1[i]) / (math.sqrt(q[i] / q1[i]) + step.eps)
 
 # %% ../nbs/api/26_kernels.ipynb #19e9caf5
 @compiled(inline=True)
-def _adam(P, M, net, step, x, delta, h, d, sizes, roots, t):
-    one = P.dtype.type(1)
-    for r in range(len(P)):
-        if r < net.n_in: part, v, vec = 0, x[r], delta
-        elif r == net.n_in: part, v, vec = 1, one, delta
-        elif r <= net.n_in + net.out: part, v, vec = 2, d[r - net.n_in - 1], h
-        else: part, v, vec = 3, one, d
-        if step.kind == 1: _adam_row(P, M, r, v, vec, step, sizes[part, t], roots[part, t])
-        else: _aged_row(P, M, r, v, vec, step)
+def _adapt(P, M, G, net, step, sizes, roots, t):
+    "Adam's step; parts of different age one after the other: W, b, V, c"
+    width = P.shape[1]; p, g = P.reshape(P.size), G.reshape(P.size); S = M.reshape((len(M), P.size))
+    if step.kind == 2: _aged_adam(p, S[0], S[1], S[2], S[3], g, step)
+    else:
+        for part in range(4 if net.hidden else 2):
+            first = 0 if part == 0 else net.n_in + (part > 1) + (part > 2) * net.out
+            last = net.n_in if part == 0 else first + (net.out if part == 2 else 1)
+            a, b = first * width, last * width
+            _adam(p[a:b], S[0, a:b], S[1, a:b], g[a:b], step, sizes[part, t], roots[part, t])
 
 # %% ../nbs/api/26_kernels.ipynb #808c3c9f
 @compiled(inline=True)
@@ -207,11 +221,11 @@ def _clip_row(P, r, bound):
         elif P[r, j] < -bound: P[r, j] = -bound
 
 @compiled(inline=True)
-def _clip(P, net, step, ix, n, everywhere):
+def _clip(P, net, step, ix, a, n, everywhere):
     if everywhere:
         for i in range(net.n_in + 1): _clip_row(P, i, step.clip_in)
     else:
-        for a in range(n): _clip_row(P, ix[a], step.clip_in)
+        for q in range(n): _clip_row(P, ix[a, q], step.clip_in)
     for r in range(net.n_in + 1, len(P)): _clip_row(P, r, step.clip_out)
 
 # %% ../nbs/api/26_kernels.ipynb #96d6d992
@@ -289,29 +303,97 @@ def _major(first, last, P, M, table, codes, labels, targets, losses, logits, net
     n, width, rows = losses.shape[1], P.shape[2], table.shape[1]
     kept, coded, renews, everywhere = rows if 0 < codes.shape[1] >= rows else 1, codes.shape[1] > 0, len(due) > 0, step.kind > 0 or step.keep != 1
     ix, xs, many = np.zeros((kept, net.n_in + 1), np.int64), np.zeros((kept, net.n_in + 1), P.dtype), np.zeros(kept, np.int64)
-    z, h, g, d, delta, w, y, filled = np.zeros((8, width), P.dtype)
+    B = np.zeros((9, width), P.dtype); z, h, g, o, d, delta, w, y, filled = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8]; G = np.zeros(P.shape[1:], P.dtype)
     for r in range(first, last):
-        p, used, until = P[r], 0, -1
-        if kept > 1:
-            for k in range(rows): many[k] = _present(table[r, k], ix[k], xs[k])
+        p, m, x, used, until = P[r], M[r], table[r], 0, -1
+        for k in range(rows if kept > 1 else 0): many[k] = _present(x, k, ix, xs, k)
         for t in range(n):
             k = codes[r, t] if coded else t
             a = k if kept > 1 else 0
-            if kept == 1: many[0] = _present(table[r, k], ix[0], xs[0])
-            _weigh(p, ix[a], xs[a], many[a], z)
-            if net.hidden: _activate(net, z, h, g, net.hidden); _answer(p, net, h, logits[r, t])
-            else: logits[r, t] = z[:net.out]
-            if len(labels): losses[r, t] = _surprise(net, logits[r, t], labels[r, k], d)
-            else: e = logits[r, t, 0] - targets[r, k]; losses[r, t] = e * e; d[0] = e + e
+            if kept == 1: many[0] = _present(x, k, ix, xs, 0)
+            _weigh(p, ix, xs, a, many[a], z)
+            if net.hidden: _activate(net, z, h, g, net.hidden); _answer(p, net, h, o)
+            else: o[:] = z
+            for q in range(net.out): logits[r, t, q] = o[q]
+            if len(labels): losses[r, t] = _surprise(net, o, labels[r, k], d)
+            else: e = o[0] - targets[r, k]; losses[r, t] = e * e; d[0] = e + e
             if net.hidden: _back(p, net, d, g, delta)
             else: delta[:] = d
-            if step.kind: _adam(p, M[r], net, step, table[r, k], delta, h, d, sizes, roots, t)
-            else: _descend(p, net, step, ix[a], xs[a], many[a], delta, h, d)
-            if step.clip_in: _clip(p, net, step, ix[a], many[a], everywhere or t == 0)
+            if step.kind: _gradient(G, net, ix, xs, a, many[a], delta, h, d); _adapt(p, m, G, net, step, sizes, roots, t)
+            else: _descend(p, net, step, ix, xs, a, many[a], delta, h, d)
+            if step.clip_in: _clip(p, net, step, ix, a, many[a], everywhere or t == 0)
             if renews:
                 if ren.utility & 1 and t <= until or t == 0: until = _fill(filled, birth[r], t, ren)
                 _judge(p, net, ren, f[r], u[r], h, filled, w, y)
-                if due[t]: used = _renew(p, M[r], net, ren, t, due[t], fresh[r], used, birth[r], f[r], u[r], filled); until = t + ren.full
+                if due[t]: used = _renew(p, m, net, ren, t, due[t], fresh[r], used, birth[r], f[r], u[r], filled); until = t + ren.full
+
+# %% ../nbs/api/26_kernels.ipynb #157eae69
+@compiled(inline=True)
+def _changing(table, x):
+    "Write each lane's first input; which inputs are not the same in all rows of the table"
+    L, rows, n_in = table.shape; moving, many = np.zeros(n_in, np.int64), 0
+    for i in range(n_in):
+        moving[many] = i; still = True
+        for l in range(L):
+            x[i, l] = table[l, 0, i]
+            for k in range(1, rows): still = still and table[l, k, i] == table[l, 0, i]
+        many += not still
+    return moving[:many]
+
+@compiled(inline=True)
+def _weigh_lanes(P, x, z):
+    n_in, L = x.shape
+    for j in range(len(z)):
+        for l in range(L): z[j, l] = P[n_in, j, l]
+        for i in range(n_in):
+            for l in range(L): z[j, l] += x[i, l] * P[i, j, l]
+
+# %% ../nbs/api/26_kernels.ipynb #321f13d0
+@compiled(inline=True)
+def _answer_lanes(P, net, h, s, o):
+    s[:] = 0
+    for j in range(len(h)):
+        for l in range(h.shape[1]): s[j & 3, l] += P[net.n_in + 1, j, l] * h[j, l]
+    for l in range(h.shape[1]): o[l] = P[net.n_in + 2, 0, l] + ((s[0, l] + s[1, l]) + (s[2, l] + s[3, l]))
+
+@compiled(inline=True)
+def _descend_lanes(P, net, step, x, h, g, d):
+    "δ, then SGD's step"
+    n_in, L = x.shape; V = P[n_in + 1]
+    for j in range(len(h)):
+        for l in range(L): g[j, l] = d[l] * V[j, l] * g[j, l] * step.lr          # αδ
+    if step.keep != 1: _shrink(P.reshape(len(P), h.size), step.keep)
+    for l in range(L): d[l] *= step.lr; P[n_in + 2, 0, l] -= d[l]
+    for j in range(len(h)):
+        for i in range(n_in):
+            for l in range(L): P[i, j, l] -= x[i, l] * g[j, l]
+        for l in range(L): P[n_in, j, l] -= g[j, l]; V[j, l] -= d[l] * h[j, l]
+
+# %% ../nbs/api/26_kernels.ipynb #9b05ced6
+@compiled
+def _lanes(P, table, codes, targets, losses, logits, net, step, ren, due, fresh, birth, f, u):
+    "Train the lanes of P [rows, H, L] on all examples"
+    (rows, H, L), n, used, until = P.shape, losses.shape[1], 0, -1
+    x, s, no_memory, none = np.zeros((net.n_in, L), P.dtype), np.zeros((4, L), P.dtype), np.zeros((0, 1, 1), P.dtype), np.zeros((0, 0), np.int64)
+    B = np.zeros((6, H, L), P.dtype); z, h, g, w, y, filled = B[0], B[1], B[2], B[3], B[4], B[5]; o, d = np.zeros(L, P.dtype), np.zeros(L, P.dtype)
+    flat, moving = P.reshape(rows, H * L), _changing(table, x)
+    for t in range(n):
+        for i in moving:
+            for l in range(L): x[i, l] = table[l, codes[l, t] if codes.shape[1] else t, i]
+        _weigh_lanes(P, x, z)
+        _activate(net, z.reshape(H * L), h.reshape(H * L), g.reshape(H * L), H * L)
+        _answer_lanes(P, net, h, s, o)
+        for l in range(L):
+            e = o[l] - targets[l, codes[l, t] if codes.shape[1] else t]
+            logits[l, t, 0] = o[l]; losses[l, t] = e * e; d[l] = e + e
+        _descend_lanes(P, net, step, x, h, g, d)
+        if step.clip_in: _clip(flat, net, step, none, 0, 0, True)
+        if len(due):
+            if ren.utility & 1 and t <= until or t == 0: until = _fill(filled.reshape(H * L), birth.reshape(H * L), t, ren)
+            _judge(flat, net, ren, f.reshape(H * L), u.reshape(H * L), h.reshape(H * L), filled.reshape(H * L), w.reshape(H * L), y.reshape(H * L))
+            if due[t]:
+                for l in range(L): last = _renew(P[:, :, l], no_memory, net, ren, t, due[t], fresh[l], used, birth[:, l], f[:, l], u[:, l], filled[:, l])
+                used = last; until = t + ren.full
 
 # %% ../nbs/api/26_kernels.ipynb #487148b8
 def _parts(net, P):
@@ -365,22 +447,30 @@ def _corrections(group, params, state, n, kind):
 # %% ../nbs/api/26_kernels.ipynb #ec1e4445
 class Shallow:
     "Trains MLPs with one hidden layer, or none, on one example at a time; `Cannot` says what it does not do"
-    def __init__(self, job):
-        if numba is None: raise Cannot("numba is not installed")
-        if job.batch_size != 1: raise Cannot(f"its batches have {job.batch_size} examples, not one")
-        self.job, (layers, act, slope) = job, layers_of(job.nets.modules[0])
-        if len(layers) > 2: raise Cannot(f"the network has {len(layers) - 1} hidden layers, more than one")
+    def __init__(self,
+        job,       # SGD without momentum or Adam; float32 or float64 on the CPU; continual backprop or weight clipping inside
+        lanes=None # so many replicas side by side, 0: one after the other, None: what is faster; no bit depends on it
+    ):
+        self.job, self.lanes, (layers, act, slope) = job, lanes, _taken(job)
         self.params = [job.nets.params[f"{l}.{kind}"] for l in layers for kind in ("weight", "bias")]
         self.type = _type(self.params[0])
         (R, H, n_in), K = self.params[0].shape, self.params[-1].shape[1]
         if job.loss == "squared" and K > 1: raise Cannot(f"the squared error has {K} outputs, more than one")
-        self.net, self.group = _Net(n_in, H if len(layers) == 2 else 0, K, _acts.index(act), self.type(slope)), _settings(job)
-        self.cbp, self.clipping = _inside(job)
+        self.net = _Net(n_in, H if len(layers) == 2 else 0, K, _acts.index(act), self.type(slope))
+        self.group, (self.cbp, self.clipping) = _settings(job), _inside(job)
         rows = n_in + 1 + (K + 1 if self.net.hidden else 0)
         self.P = np.zeros((R, rows, -(-max(H, K) // 8) * 8), self.type)
         self.M = np.zeros((R, len(_memory(job.optimizer, self.params)), *self.P.shape[1:]), self.type)
 
 # %% ../nbs/api/26_kernels.ipynb #4221c305
+def _taken(job):
+    "The layers of the job's networks, if the family takes such"
+    if numba is None: raise Cannot("numba is not installed")
+    if job.batch_size != 1: raise Cannot(f"its batches have {job.batch_size} examples, not one")
+    layers, act, slope = layers_of(job.nets.modules[0])
+    if len(layers) > 2: raise Cannot(f"the network has {len(layers) - 1} hidden layers, more than one")
+    return layers, act, slope
+
 def _type(p):
     if p.device.type != "cpu": raise Cannot(f"the network is on {p.device}")
     if p.dtype not in (torch.float32, torch.float64): raise Cannot(f"its numbers are {str(p.dtype)[6:]}")
@@ -391,59 +481,93 @@ def _inside(job):
     kinds = "continual_backprop", "weight_clipping"
     for k in job.inside:
         if k not in kinds: raise Cannot(f"{k} happens inside each step")
-    if len(job.inside) == 2: raise Cannot("it does either continual backprop or weight clipping, not both")
+    if len(job.inside) == 2: raise Cannot("each step has both continual backprop and weight clipping")
     return [job.inside.get(k) for k in kinds]
 
 # %% ../nbs/api/26_kernels.ipynb #1cefa23d
 @patch
 def _step(self:Shallow):
     "The optimizer's settings as they are now"
-    g, net, T = self.group, self.net, self.type
-    b1, b2 = g.get("betas", (0., 0.)); wd, lr = g["weight_decay"], float(g["lr"])
-    shrinks = "betas" not in g or g.get("decoupled_weight_decay")
+    g, net, κ = self.group, self.net, self.clipping.bound if self.clipping else 0
+    (b1, b2), wd, lr = g.get("betas", (0., 0.)), g["weight_decay"], float(g["lr"])
     kind = 0 if "betas" not in g else 2 if isinstance(self.job.optimizer, ElementAdam) else 1
-    κ = self.clipping.bound if self.clipping else 0
-    return _Step(kind, *map(T, (lr, 1 - lr*wd if shrinks else 1, 0 if shrinks else wd, 1 - b1, 1 - b2, g.get("eps", 0), κ / net.n_in**.5, κ / max(net.hidden, 1)**.5)))
+    shrinks = kind == 0 or g.get("decoupled_weight_decay", False)
+    numbers = lr, 1 - lr*wd if shrinks else 1, 0 if shrinks else wd, 1 - b1, 1 - b2, g.get("eps", 0), κ / net.n_in**.5, κ / max(net.hidden, 1)**.5
+    return _Step(kind, *map(self.type, numbers))
 
+# %% ../nbs/api/26_kernels.ipynb #29a29844
 @patch
 def _renewal(self:Shallow, n):
-    "What continual backprop needs for n steps: settings, due [n], fresh [R, …, fan_in], and birth, f, u [R, H]"
-    c, T = self.cbp, self.type
-    if not (c and c.groups): return _Renewal(0, 0, 0., T(0), 0, 0), np.zeros(0, np.int64), np.zeros((1, 0, 0), T), np.zeros((1, 0), np.int64), np.zeros((1, 0), T), np.zeros((1, 0), T)
+    "What continual backprop needs for n steps: settings, due [n], fresh [R, …, fan_in], and birth, f, u [R, width]"
+    c, T, wide = self.cbp, self.type, np.zeros((2, *self.P.shape[::2]), self.type)
+    if not (c and c.groups): return _Renewal(0, 0, 0., T(0), 0, 0), np.zeros(0, np.int64), np.zeros((len(self.P), 0, 0), T), np.zeros(wide.shape[1:], np.int64), *wide
     (due,), (fresh,) = c.ahead(self.job.nets, n)
-    stats, wide = c.stats[c.groups[0].name], np.zeros((2, *self.P.shape[::2]), T)
+    stats = c.stats[c.groups[0].name]
     for v, k in zip(wide, "fu"): v[:, :self.net.hidden] = stats[k].numpy()
     ren = _Renewal(_utilities.index(c.utility), int(c.hand == "mean"), float(c.decay), T(1 - c.decay), c.maturity, _full(c.decay, np.finfo(T).nmant + 2))
     return ren, due.numpy(), fresh.numpy(), -stats["age"].long().numpy(), *wide
 
-# %% ../nbs/api/26_kernels.ipynb #29a29844
+@patch
+def _keep(self:Shallow, n, birth, f, u):
+    "Write back what continual backprop remembers"
+    stats, H = self.cbp.stats[self.cbp.groups[0].name], self.net.hidden
+    for k, v in dict(age=n - birth, f=f[:, :H], u=u[:, :H]).items(): stats[k].copy_(torch.from_numpy(np.ascontiguousarray(v)))
+
+# %% ../nbs/api/26_kernels.ipynb #8438bc9c
+@patch
+def _examples(self:Shallow, x, y):
+    "Table [R, k, in]; codes [R, n], or none; labels or targets [R, k]; n"
+    table, codes = x if isinstance(x, tuple) else (x, torch.zeros(len(x), 0, dtype=torch.int64))
+    table, codes, y = table.flatten(2).contiguous().numpy(), codes.contiguous().numpy(), y.contiguous().numpy()
+    labels, targets = (np.zeros((0, 0), np.int64), y) if self.job.loss == "squared" else (y, np.zeros((0, 0), self.type))
+    return (table, codes, labels, targets), codes.shape[1] or table.shape[1]
+
+@patch
+def _copy(self:Shallow, memory, back=False):
+    for tensors, stack in zip([self.params, *memory], [self.P, *self.M.swapaxes(0, 1)]): _copy(self.net, tensors, stack, back)
+
+# %% ../nbs/api/26_kernels.ipynb #44f8c69b
 @patch
 def __call__(self:Shallow,
     x, # [R, n, in], or (table [R, k, in], codes int64 [R, n]): what inputs there are, and which of them each example is
     y  # [R, n], or [R, k] for the table's rows: int64 classes, or numbers
 ):     # losses [R, n], logits [R, n, K]
     "Train on a block of examples, in their order"
-    (table, codes), net, params = x if isinstance(x, tuple) else (x, torch.zeros(len(x), 0, dtype=torch.int64)), self.net, self.params
-    table, y, n = table.flatten(2).contiguous().numpy(), y.contiguous().numpy(), codes.shape[1] or table.shape[1]
-    none = np.zeros((0, 0), np.int64), np.zeros((0, 0), self.type)
-    labels, targets = (none[0], y) if self.job.loss == "squared" else (y, none[1])
-    step, (ren, due, fresh, birth, f, u), memory = self._step(), self._renewal(n), _memory(self.job.optimizer, params)
-    sizes, roots = _corrections(self.group, params, self.job.optimizer.state, n, self.type) if step.kind == 1 else (none[1], none[1])
-    losses, logits = np.empty((len(table), n), self.type), np.empty((len(table), n, net.out), self.type)
-    for tensors, stack in zip([params, *memory], [self.P, *self.M.swapaxes(0, 1)]): _copy(net, tensors, stack)
-    def train(first, last):
-        _major(first, last, self.P, self.M, table, codes.contiguous().numpy(), labels, targets, losses, logits, net, step, sizes, roots, ren, due, fresh, birth, f, u)
-    share_out(train, len(table), self.job.threads)
-    for tensors, stack in zip([params, *memory], [self.P, *self.M.swapaxes(0, 1)]): _copy(net, tensors, stack, back=True)
-    self._keep(n, step.kind, len(due), birth, f, u)
+    data, n = self._examples(x, y); step, state = self._step(), self.job.optimizer.state
+    memory = _memory(self.job.optimizer, self.params); self._copy(memory)
+    ages = _corrections(self.group, self.params, state, n, self.type) if step.kind == 1 else [np.zeros((0, 0), self.type)]*2
+    losses, logits, renewal = np.empty((len(self.P), n), self.type), np.empty((len(self.P), n, self.net.out), self.type), self._renewal(n)
+    self._share_out(data, losses, logits, step, ages, renewal)
+    self._copy(memory, back=True)
+    for p in self.params if step.kind == 1 else (): state[p]["step"] += n
+    if len(renewal[1]): self._keep(n, *renewal[3:])
     return torch.from_numpy(losses), torch.from_numpy(logits)
 
-# %% ../nbs/api/26_kernels.ipynb #8438bc9c
+# %% ../nbs/api/26_kernels.ipynb #9a93545b
 @patch
-def _keep(self:Shallow, n, kind, renewing, birth, f, u):
-    "Write back what the optimizer and continual backprop remember besides"
-    if kind == 1:
-        for p in self.params: self.job.optimizer.state[p]["step"] += n
-    if not renewing: return
-    stats, H = self.cbp.stats[self.cbp.groups[0].name], self.net.hidden
-    for k, v in dict(age=n - birth, f=f[:, :H], u=u[:, :H]).items(): stats[k].copy_(torch.from_numpy(np.ascontiguousarray(v)))
+def _width(self:Shallow, step):
+    "How many replicas go side by side; 0: one after the other"
+    if not self.net.hidden or step.kind or self.job.loss != "squared": return 0
+    if self.lanes is not None: return self.lanes
+    L = min(128, -(-len(self.P) // max(1, self.job.threads)))
+    return L if L >= 16 and self.net.hidden <= 24 else 0
+
+@patch
+def _share_out(self:Shallow, data, losses, logits, step, ages, renewal):
+    "Train all replicas, in threads if there are several"
+    L, R = self._width(step), len(self.P)
+    def after_another(first, last): _major(first, last, self.P, self.M, *data, losses, logits, self.net, step, *ages, *renewal)
+    def side_by_side(first, last):
+        for a in range(first * L, min(last * L, R), L): self._side_by_side(slice(a, a + L), data, losses, logits, step, renewal)
+    if L: share_out(side_by_side, -(-R // L), self.job.threads)
+    else: share_out(after_another, R, self.job.threads)
+
+# %% ../nbs/api/26_kernels.ipynb #d20e5586
+@patch
+def _side_by_side(self:Shallow, part, data, losses, logits, step, renewal):
+    "Train a part of the replicas as lanes"
+    H, (ren, due, fresh, *stats), (table, codes, _, targets) = self.net.hidden, renewal, data
+    P, own = np.ascontiguousarray(self.P[part, :, :H].transpose(1, 2, 0)), [np.ascontiguousarray(v[part, :H].T) for v in stats]
+    _lanes(P, table[part], codes[part], targets[part], losses[part], logits[part], self.net, step, ren, due, fresh[part], *own)
+    self.P[part, :, :H] = P.transpose(2, 0, 1)
+    for v, new in zip(stats, own): v[part, :H] = new.T

@@ -147,7 +147,7 @@ def measure(
     return {n: _formulas[n][1](layer) for n in names}
 
 # %% ../nbs/api/23_metrics.ipynb #c1eeaecb
-_fits = 2**18                                                            # numbers that go through a processor's cache together
+_fits = 2**19                                                            # numbers that go through a processor's cache together
 
 def _groups(names, layers):
     "Layers that are measured together: [(names, [layer, …]), …]"

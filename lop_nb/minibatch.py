@@ -1,4 +1,4 @@
-"""Mini-batches of small networks: matrix products by BLAS, everything else in one compiled loop
+"""Mini-batches of small networks: a whole block of steps in one compiled loop
 
 Docs: https://lop-nb.github.io/lop_nb/api/minibatch.html.md"""
 
@@ -9,9 +9,10 @@ __all__ = ['Batches']
 
 # %% ../nbs/api/28_minibatch.ipynb #3b3cfdb0
 import math
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 import numpy as np
-import scipy.linalg, torch
+import torch
 from fastcore.basics import patch
 from threadpoolctl import ThreadpoolController
 from .kernels import Cannot, compiled, layers_of, numba, share_out
@@ -101,6 +102,38 @@ def _array(address, shape, like):
     return carray(_pointer(address), shape, like.dtype)
 
 # %% ../nbs/api/28_minibatch.ipynb #1e15904f
+_sums = {"reassoc", "contract", "nsz"}
+
+@partial(compiled, fastmath=_sums)
+def _dot(x, w):
+    s = w.dtype.type(0)
+    for i in range(len(x)): s += x[i] * w[i]
+    return s
+
+@partial(compiled, fastmath=_sums)
+def _tile(X, W, Z, b, o):
+    "Z[b:b+4, o:o+4] = X[b:b+4] W[o:o+4]ᵀ"
+    x, y, z, u, p, q, r, s = X[b], X[b + 1], X[b + 2], X[b + 3], W[o], W[o + 1], W[o + 2], W[o + 3]
+    xp = xq = xr = xs = yp = yq = yr = ys = zp = zq = zr = zs = up = uq = ur = us = X.dtype.type(0)
+    for i in range(X.shape[1]):
+        xp += x[i] * p[i]; xq += x[i] * q[i]; xr += x[i] * r[i]; xs += x[i] * s[i]
+        yp += y[i] * p[i]; yq += y[i] * q[i]; yr += y[i] * r[i]; ys += y[i] * s[i]
+        zp += z[i] * p[i]; zq += z[i] * q[i]; zr += z[i] * r[i]; zs += z[i] * s[i]
+        up += u[i] * p[i]; uq += u[i] * q[i]; ur += u[i] * r[i]; us += u[i] * s[i]
+    x, y, z, u = Z[b, o:o + 4], Z[b + 1, o:o + 4], Z[b + 2, o:o + 4], Z[b + 3, o:o + 4]
+    x[0], x[1], x[2], x[3] = xp, xq, xr, xs; y[0], y[1], y[2], y[3] = yp, yq, yr, ys
+    z[0], z[1], z[2], z[3] = zp, zq, zr, zs; u[0], u[1], u[2], u[3] = up, uq, ur, us
+
+@compiled
+def _product(X, W, Z):
+    "Z [B, o] = X [B, i] W [o, i]ᵀ, in tiles, and what is left over one by one"
+    (B, O), b4, o4 = Z.shape, len(X) // 4 * 4, len(W) // 4 * 4
+    for o in range(0, o4, 4):
+        for b in range(0, b4, 4): _tile(X, W, Z, b, o)
+    for b in range(B):
+        for o in range(o4 if b < b4 else 0, O): Z[b, o] = _dot(X[b], W[o])
+
+# %% ../nbs/api/28_minibatch.ipynb #b3041aae
 @compiled
 def _forward(where, sizes, kind, a, x, H, D):
     "All H_l and f'(Z_l) of the batch x [B, n_0]; returns the logits Z_L"
@@ -108,7 +141,7 @@ def _forward(where, sizes, kind, a, x, H, D):
     for l in range(L):
         i, o = sizes[l], sizes[l + 1]
         Z = _array(H[l], (B, o), x)
-        np.dot(below, _array(where[l, 0, 0], (o, i), x).T, Z)
+        _product(below, _array(where[l, 0, 0], (o, i), x), Z)
         _activate(kind if l < L - 1 else 0, a if l < L - 1 else 1., Z, _array(where[l, 1, 0], (o,), x), _array(D[l], (B, o), x))
         below = Z
     return below
@@ -234,12 +267,10 @@ def _memory(self:Batches, p, adam, μ):
 @patch
 def _where(self:Batches, adam, μ):
     "Addresses int64 [R, L, 2, 3], and steps done [L, 2]"
-    R = len(self.job.nets); where, ages = np.zeros((R, len(self.layers), 2, 3), np.int64), np.zeros((len(self.layers), 2))
-    for l, ps in enumerate(self.layers):
-        for k, p in enumerate(ps):
-            ages[l, k], averages = self._memory(p, adam, μ)
-            for j, t in enumerate([p.data, *averages]): where[:, l, k, j] = t.data_ptr() + np.arange(R) * t[0].numel() * t.element_size()
-    return where, ages
+    kept = [[self._memory(p, adam, μ) for p in ps] for ps in self.layers]
+    first = np.array([[([p.data_ptr(), *(t.data_ptr() for t in ts)] + [0, 0])[:3] for p, (_, ts) in zip(ps, k)] for ps, k in zip(self.layers, kept)])
+    apart = np.array([[[p.stride(0) * p.element_size()] for p in ps] for ps in self.layers])
+    return first + np.arange(len(self.job.nets)).reshape(-1, 1, 1, 1) * apart, np.array([[age for age, _ in k] for k in kept])
 
 @patch
 def _count(self:Batches, adam, steps):
@@ -267,7 +298,7 @@ def _arrays(self:Batches, x, y):
     return x.numpy(), np.empty((0, 0), np.int64), y.detach().to(dtype).reshape(*y.shape[:2], K).contiguous().numpy()
 
 # %% ../nbs/api/28_minibatch.ipynb #076425eb
-_panel = 2**17  # numbers of a gradient that are made at a time
+_panel = 2**18  # numbers of a gradient that are made at a time
 
 @patch
 def _room(self:Batches, dtype):
@@ -279,7 +310,9 @@ def _room(self:Batches, dtype):
     return memory, (at[:L], at[L:2*L], at[2*L], room)
 
 @cache
-def _blas(): return ThreadpoolController()
+def _blas():
+    "What sets the number of BLAS's threads: one product is never shared out, or its bits might depend on their number"
+    import_module("scipy.linalg.cython_blas"); return ThreadpoolController()
 
 # %% ../nbs/api/28_minibatch.ipynb #20bf669c
 @patch

@@ -150,6 +150,7 @@ def srank(
     s = _values("srank", h, centred, s)
     return _told(_smallest(_shares(s), missing), s, h)
 
+# %% ../nbs/api/19_ranks.ipynb #f598a0bd
 def energy_rank(
     h:torch.Tensor,       # Activations [..., N, D]
     missing:float=_d.missing_mass, # δ, the share of Σσ² that may be left out
@@ -160,6 +161,7 @@ def energy_rank(
     s = _values("energy_rank", h, centred, s)
     return _told(_smallest(_shares(_shares(s).square()), missing), s, h)
 
+# %% ../nbs/api/19_ranks.ipynb #f3921b04
 def numerical_rank(
     h:torch.Tensor,       # Activations [..., N, D]
     tol:float=None,       # Relative to σ₁; None: max(N, D) times the rounding of the type of `h`

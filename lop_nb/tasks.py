@@ -201,6 +201,12 @@ def _views(self:Stream,
 @patch
 def _every_class(self:Stream): return torch.ones(len(self.seeds), self.num_classes, dtype=bool, device=self.data.train.x.device)
 
+# %% ../nbs/api/13_tasks.ipynb #148ca691
+@patch
+def draws(self:Stream)->dict:
+    "What was drawn for each task as arrays [R, tasks, …], to be kept beside the record; empty for a stream whose record says enough"
+    return {}
+
 # %% ../nbs/api/13_tasks.ipynb #871e5235
 @patch
 def fingerprint(self:Stream):
@@ -214,4 +220,4 @@ def fingerprint(self:Stream):
 def record(self:Stream):
     "What is needed to make this stream again, for JSON"
     return dict(kind=self.name, tasks=len(self), seeds=self.seeds, normalize=self.normalize, settings=self.settings,
-                data=self.data.name, checksum=self.data.checksum, examples=[len(getattr(self.data, s)) for s in ("train", "val", "test")], fingerprint=self.fingerprint())
+                data=self.data.name, checksum=self.data.checksum, examples=self.data.examples, fingerprint=self.fingerprint())

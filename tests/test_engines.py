@@ -14,7 +14,7 @@ from lop_nb.learner import Callback, Learner, Online, by_batch, cuts
 from lop_nb.models import CNN, MLP
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError
-from lop_nb.streams import ClassSplit, Passage, PermutedPixels
+from lop_nb.streams import ClassSplit, Passage, PermutedLabels, PermutedPixels
 
 DIGITS = load("digits", val=.5)
 plain = dict(normalization="none", dropout_p=0.)
@@ -91,7 +91,7 @@ class Watch(Callback):
 REFUSED = dict(dropout=(dict(make=partial(MLP, 64, 10, hidden_sizes=[8], normalization="none", dropout_p=.1)), "drop_0"),
     norm=(dict(make=partial(MLP, 64, 10, hidden_sizes=[8], normalization="layer", dropout_p=0.)), "norm_0"),
     cnn=(dict(make=lambda: CNN(1, 8, 10, conv_channels=[2], fc_hidden_units=[4])), "CNN is no plain MLP"),
-    some_classes=(dict(stream=ClassSplit(DIGITS, tasks=2)), "some of the classes"), passage=(dict(stream=Passage(pixels, "inputs")), "passes"),
+    some_classes=(dict(stream=ClassSplit(DIGITS, tasks=2)), "some of the classes"), passage=(dict(stream=Passage(PermutedLabels(DIGITS, tasks=2), "labels")), "labels pass into"),
     watcher=(dict(callbacks=[Watch()]), "Watch must see every step"), l2_init=(dict(callbacks=[L2Init()]), "L2Init must see every step"))
 
 
@@ -99,9 +99,7 @@ REFUSED = dict(dropout=(dict(make=partial(MLP, 64, 10, hidden_sizes=[8], normali
 def test_what_a_kernel_cannot_do_is_refused_by_name_and_done_by_torch_otherwise(case):
     kw, why = REFUSED[case]
     make = lambda engine: Learner(Replicas(kw.get("make", shallow), [0]), kw.get("stream", pixels), still, 1, 1, kw.get("callbacks", ()), engine=engine, defaults=[])
-    if case == "passage": make("auto").fit()                     # its first task is like any other
-    else:
-        with pytest.raises(LopError, match=why): make("numba").fit()
+    with pytest.raises(LopError, match=why): make("numba").fit()
     l = make("auto"); l.fit()
     assert l.engine.name == "torch" and why in l.why
 

@@ -54,7 +54,7 @@ def same(a, b, tolerance=1e-12):
 
 def check(job, its, x, y, tolerance=1e-12, cut=None):
     "`job` by the kernel and `its` by torch end in the same place, block by block"
-    begin, far = {k: p.detach().clone() for k, p in job.nets.params.items()}, 0.
+    begin = {k: p.detach().clone() for k, p in job.nets.params.items()}
     family = Batches(job)
     for xb, yb in zip(x.split(cut or x.shape[1], 1), y.split(cut or x.shape[1], 1)):
         ours, torchs = family(xb, yb), torch_steps(its, xb, yb)
