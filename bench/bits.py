@@ -17,9 +17,9 @@ LR = .01
 
 
 def tasks(R, n, many):
-    "Blocks of a stream: [(table [R, 32, 20], targets [R, 32], codes [R, n]), …]"
+    "Blocks of a stream: [(table [R, 32, 20], targets [R, 32], codes int64 [R, n]), …]"
     stream = BitFlips(tasks=many, examples=n, seeds=range(R))
-    return [(v.x, v.y, v.rows) for v in (stream[k].train for k in range(many))]
+    return [(v.x, v.y, v.rows.long()) for v in (stream[k].train for k in range(many))]
 
 
 def written(blocks):
