@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lop_nb.checkpoints import Checkpoint, load_checkpoint
 from lop_nb.compose import compose
-from lop_nb.config import SGD
+from lop_nb.config import SGD, Adam
 from lop_nb.data import load
 from lop_nb.experiments import intervention_kinds, load_run, make_interventions, run_study, verify
 from lop_nb.learner import Callback, Evaluate, Learner, Online, evaluate
