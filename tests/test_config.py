@@ -102,6 +102,22 @@ def test_what_does_not_fit_together(words, says):
     for part in says: assert part in said, said
 
 
+@pytest.mark.parametrize("word, ours", [("model.m=18", "stream.bits=18"), ("model.f=9", "stream.slow=9"), ("model.hidden_size_target=7", "stream.hidden=7"), ("model.beta=.6", "stream.beta=0.6"), ("training.T=50", "stream.examples=50"),
+    ("training.n_examples=2e4", "stream.tasks=2"), ("model.hidden_size_learner=10", "model.hidden_sizes=[10]"), ("training.rho=1e-3", "intervention.continual_backprop.replacement_rate=0.001"),
+    ("training.maturity_threshold=7", "intervention.continual_backprop.maturity_threshold=7"), ("training.cbp_decay_rate=.9", "intervention.continual_backprop.decay=0.9"),
+    ("training.continual_backprop=true", "intervention.arms=['continual_backprop']"), ("training.continual_backprop=false", "intervention.arms=['backprop']"), ("training.use_shrink_perturb=true", "intervention.arms=['shrink_and_perturb']"),
+    ("training.noise_variance=.25", "intervention.shrink_and_perturb.noise=0.5"), ("training.bin_size=500", "metrics.bin=500"), ("optimizer.step_size=.5", "optimizer.lr=0.5"), ("optimizer.use_adam=true", "optimizer.name=adam"),
+    ("optimizer.use_adam=false", "optimizer.name=sgd"), ("metrics.fixed_batch_size=64", "metrics.probe_size=64"), ("metrics.corr_threshold=.9", "metrics.duplicate_threshold=0.9"), ("metrics.log_histograms=true", "metrics.histograms=True")])
+def test_words_of_the_bit_flipping_script(word, ours):
+    cfg = compose(["+experiment=bit-flipping", word], experiments.verify); key, _, value = ours.partition("=")
+    assert str(OmegaConf.select(cfg, key)) == value
+
+
+@pytest.mark.parametrize("word", ["training.n_examples=15000", "training.n_examples=many", "optimizer.use_adam=maybe", "training.noise_variance=x", "training.noise_variance=-1", "training.continual_backprop=1", "training.save_model=true",
+                                  "training.cbp_replacement_interval=10", "model.m=0", "model.f=21", "model.hidden_size_learner=0", "model.beta=2"])
+def test_words_of_the_bit_flipping_script_with_values_that_they_can_t_have(word): assert refused("+experiment=bit-flipping", word)
+
+
 class FirstStep(Callback):
     def after_step(self, learner): learner.stopping = True
 
