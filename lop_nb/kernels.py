@@ -516,7 +516,8 @@ def _examples(self:Shallow, x, y):
     return (table, codes, labels, targets), codes.shape[1] or table.shape[1]
 
 @patch
-def _copy(self:Shallow, memory, back=False):
+def _move(self:Shallow, memory, back=False):
+    "Fill the stacks, or write them back"
     for tensors, stack in zip([self.params, *memory], [self.P, *self.M.swapaxes(0, 1)]): _copy(self.net, tensors, stack, back)
 
 # %% ../nbs/api/26_kernels.ipynb #44f8c69b
@@ -527,11 +528,11 @@ def __call__(self:Shallow,
 ):     # losses [R, n], logits [R, n, K]
     "Train on a block of examples, in their order"
     data, n = self._examples(x, y); step, state = self._step(), self.job.optimizer.state
-    memory = _memory(self.job.optimizer, self.params); self._copy(memory)
+    memory = _memory(self.job.optimizer, self.params); self._move(memory)
     ages = _corrections(self.group, self.params, state, n, self.type) if step.kind == 1 else [np.zeros((0, 0), self.type)]*2
     losses, logits, renewal = np.empty((len(self.P), n), self.type), np.empty((len(self.P), n, self.net.out), self.type), self._renewal(n)
     self._share_out(data, losses, logits, step, ages, renewal)
-    self._copy(memory, back=True)
+    self._move(memory, back=True)
     for p in self.params if step.kind == 1 else (): state[p]["step"] += n
     if len(renewal[1]): self._keep(n, *renewal[3:])
     return torch.from_numpy(losses), torch.from_numpy(logits)
@@ -549,7 +550,7 @@ def _width(self:Shallow, step):
 def _share_out(self:Shallow, data, losses, logits, step, ages, renewal):
     "Train all replicas, in threads if there are several"
     L, R = self._width(step), len(self.P)
-    def after_another(first, last): _major(first, last, self.P, self.M, *data, losses, logits, self.net, step, *ages, *renewal, *self._memory(*data[:2]))
+    def after_another(first, last): _major(first, last, self.P, self.M, *data, losses, logits, self.net, step, *ages, *renewal, *self._scratch(*data[:2]))
     def side_by_side(first, last):
         for a in range(first * L, min(last * L, R), L): self._side_by_side(slice(a, a + L), data, losses, logits, step, renewal)
     if L: share_out(side_by_side, -(-R // L), self.job.threads)
@@ -557,9 +558,9 @@ def _share_out(self:Shallow, data, losses, logits, step, ages, renewal):
 
 # %% ../nbs/api/26_kernels.ipynb #d20e5586
 @patch
-def _memory(self:Shallow, table, codes):
+def _scratch(self:Shallow, table, codes):
     "Memory for `_major`: the lists of inputs that are not zero (of all rows, if these are few), nine rows, and the gradients"
-    (R, k, n_in), T = table.shape, self.type
+    k, n_in, T = *table.shape[1:], self.type
     kept = k if 0 < k <= codes.shape[1] else 1
     return np.zeros((kept, n_in + 1), np.int64), np.zeros((kept, n_in + 1), T), np.zeros(kept, np.int64), np.zeros((9, self.P.shape[2]), T), np.zeros(self.P.shape[1:], T)
 

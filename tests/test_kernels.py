@@ -1,5 +1,4 @@
 "Kernels for streams of single examples, held to torch's way step by step; what they are given beforehand, to what the plain form draws."
-import os
 import subprocess
 import sys
 from functools import partial
