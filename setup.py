@@ -8,4 +8,4 @@ config = ConfigParser()
 config.read(Path(__file__).with_name("settings.ini"))
 needs = config["DEFAULT"]
 
-setup(install_requires=needs["requirements"].split(), extras_require={"dev": needs["dev_requirements"].split()})
+setup(install_requires=needs["requirements"].split(), extras_require={"dev": needs["dev_requirements"].split(), "bench": needs["bench_requirements"].split()})

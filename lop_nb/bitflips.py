@@ -10,10 +10,12 @@ __all__ = ['LTU', 'BitView', 'Regression', 'Bits', 'BitFlips']
 # %% ../nbs/api/15_bitflips.ipynb #d020b8e1
 import hashlib
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 import torch
 from fastcore.basics import patch
-from .runtime import generator
+from .config import BitFlipsConfig
+from .runtime import generator, one_of
+from .streams import kinds, most_draws
 from .tasks import Stream, Task, need
 
 # %% ../nbs/api/15_bitflips.ipynb #cd2450f0
@@ -27,13 +29,13 @@ class LTU:
     def draw(cls, seeds, bits, hidden, beta):
         sign = lambda n, *what: torch.stack([2.*torch.randint(2, n, generator=generator(s, "target", *what)) - 1 for s in seeds])
         return cls(sign((hidden, bits + 1), "in"), sign((hidden + 1,), "out"), beta)
-    @property
+    @cached_property
     def theta(self):      # [R, H]
         negative = (self.w[..., :-1] < 0).sum(-1) - self.w[..., -1] / 2
         return self.w.shape[-1] * self.beta - negative
     def __call__(self, x): # [R, N, m] -> [R, N]
         a = x @ self.w[..., :-1].mT + self.w[..., None, :, -1] > self.theta[:, None]
-        return (a.to(x) * self.v[:, None, :-1]).sum(-1) + self.v[:, -1:]
+        return (a.to(x) @ self.v[:, :-1, None])[..., 0] + self.v[:, -1:]   # sums of ±1: exact in any order
 
 # %% ../nbs/api/15_bitflips.ipynb #54c117f1
 @dataclass
@@ -41,13 +43,17 @@ class BitView:
     "How R replicas see a task: which of its few inputs come, in which order"
     x: torch.Tensor    # float32 [R, 2^fast, m]: all inputs of the task
     y: torch.Tensor    # float32 [R, 2^fast]: their targets
-    rows: torch.Tensor # int64 [R, n]: which input each example is
+    rows: torch.Tensor # uint8, or int32 for more than 256 inputs [R, n]: which input each example is
+    in_order = True    # the first epoch takes the rows as they come
     @property
     def n(self): return self.rows.shape[1]
     @property
     def valid(self): return self.rows >= 0
+    def row(self, pick): return self.rows.gather(1, pick).long()                  # int64 [R, B] -> int64 [R, B]
+    def label(self, pick): return self.y.gather(1, self.row(pick))                # -> float32 [R, B]
+    def codes(self, pick): return (self.x, self.row(pick)), self.y                # -> (table, which of its rows), their targets
     def fetch(self, pick, change=None, progress=None): # int64 [R, B] -> float32 [R, B, m], float32 [R, B]
-        rows = self.rows.gather(1, pick)
+        rows = self.row(pick)
         return self.x.gather(1, rows[..., None].expand(-1, -1, self.x.shape[-1])), self.y.gather(1, rows)
 
 # %% ../nbs/api/15_bitflips.ipynb #617cd721
@@ -67,35 +73,46 @@ class Bits:
     "What a learner and a network ask of a data set, for inputs that are drawn"
     bits: int
     device: object = "cpu"
-    name, num_classes = "bits", 1
+    name, num_classes, checksum, part, examples = "bits", 1, "", False, None   # nothing is read, and there is no end of them
     @property
     def shape(self): return (1, 1, self.bits)
     @property
     def input_size(self): return self.bits
 
+# %% ../nbs/api/15_bitflips.ipynb #ef1bd681
+_d = BitFlipsConfig()
+
+# %% ../nbs/api/15_bitflips.ipynb #cd7bbf40
 class BitFlips(Stream):
     "Slowly-changing regression: one task for each state of the slow bits (Dohare et al., 2024)"
     name, passages = "bit_flips", ()
     def __init__(self,
-        tasks=100,      # flips + 1
-        examples=10000, # T, between two flips
-        bits=20,        # m
-        slow=15,        # f: the first so many bits
-        hidden=100,     # units of the target
-        beta=.7,        # β of their thresholds
-        seeds=(0,),     # one for each replica
-        device="cpu"    # where the tasks are
+        data=None,           # `Bits`; None: so many as `bits` says, on `device`
+        tasks=_d.tasks,      # changes + 1
+        examples=_d.examples,# T, between two changes
+        bits=_d.bits,        # m
+        slow=_d.slow,        # f: the first so many bits
+        hidden=_d.hidden,    # units of the target
+        beta=_d.beta,        # β of their thresholds
+        flip=_d.flip,        # one: one slow bit flips; all: all slow bits are drawn anew
+        seeds=(0,),          # one for each replica
+        normalize=None,      # bits are what they are
+        device="cpu"         # where the tasks are
     ):
-        self.data, self.seeds, self.normalize = Bits(bits, device), [int(s) for s in seeds], None
-        self.settings = self.plan(1, tasks=tasks, examples=examples, bits=bits, slow=slow, hidden=hidden, beta=beta)
+        self.data, self.seeds, self.normalize = data or Bits(bits, device), [int(s) for s in seeds], normalize
+        self.settings = self.plan(1, tasks=tasks, examples=examples, bits=bits, slow=slow, hidden=hidden, beta=beta, flip=flip)
+        need(self.data.bits == bits, "stream.bits", bits, f"the data are {self.data.bits} bits.")
         self.target = LTU.draw(self.seeds, bits, hidden, beta)
     @property
     def fast(self): return self.settings["bits"] - self.settings["slow"]
 
-# %% ../nbs/api/15_bitflips.ipynb #ef1bd681
+kinds[BitFlips.name] = BitFlips
+
+# %% ../nbs/api/15_bitflips.ipynb #d2732e17
 @patch(cls_method=True)
 def plan(cls:BitFlips, num_classes, tasks, **s)->dict:
     "The settings; `LopError` if a stream can't have them"
+    one_of("stream.flip", s["flip"], ["one", "all"])
     for k in ("examples", "bits", "slow", "hidden"): need(s[k] >= 1, f"stream.{k}", s[k], "at least 1.")
     need(s["slow"] <= s["bits"], "stream.slow", s["slow"], f"there are {s['bits']} bits.")
     need(s["bits"] - s["slow"] <= 16, "stream.slow", s["slow"], f"all inputs of a task are kept, so at most 16 of the {s['bits']} bits may be fast. Take more slow bits.")
@@ -105,22 +122,54 @@ def plan(cls:BitFlips, num_classes, tasks, **s)->dict:
 @patch
 def seeded(self:BitFlips, seeds):
     "The same stream for replicas with these seeds"
-    return BitFlips(**self.settings, seeds=seeds, device=self.data.device)
+    return BitFlips(self.data, **self.settings, seeds=seeds)
 
-# %% ../nbs/api/15_bitflips.ipynb #cd7bbf40
+# %% ../nbs/api/15_bitflips.ipynb #6a8dedfb
 @patch
 def flips(self:BitFlips,
     seed, # of a replica
     k     # how many
 ):        # int64 [k]: the slow bits that flip before tasks 1 … k
-    "Which bits flip"
+    "Which bits flip, where it is one at a time"
     return torch.randint(self.settings["slow"], (k,), generator=generator(seed, "flips"))
 
 @patch
 def _draw(self:BitFlips, seed, k):
     "The state of the slow bits in task k: int64 [f]"
-    first = torch.randint(2, (self.settings["slow"],), generator=generator(seed, "flips", "first"))
-    return (first + self.flips(seed, k).bincount(minlength=len(first))) % 2
+    anew = self.settings["flip"] == "all"
+    state = torch.randint(2, (self.settings["slow"],), generator=generator(seed, "flips", k if anew and k else "first"))
+    return state if anew else (state + self.flips(seed, k).bincount(minlength=len(state))) % 2
+
+# %% ../nbs/api/15_bitflips.ipynb #fe86a342
+@patch(as_prop=True)
+def _all_flips(self:BitFlips): # uint8, or int32 where there are more than 256 slow bits [tasks − 1, R]
+    if "_flipped" not in vars(self): self._flipped = torch.stack([self.flips(s, len(self) - 1).to(torch.uint8 if self.settings["slow"] <= 256 else torch.int32) for s in self.seeds], 1)
+    return self._flipped
+
+@patch
+def states(self:BitFlips,
+    k # a task
+):    # int64 [R, f]
+    "The states of the slow bits in task k: one step from those asked for last, or drawn from the start"
+    at, state = getattr(self, "_last", (None, None))
+    if k != at:
+        if at is None or k != at + 1 or self.settings["flip"] == "all": state = torch.stack([self._draw(s, k) for s in self.seeds])
+        else: flip = self._all_flips[at].long()[:, None]; state = state.scatter(1, flip, 1 - state.gather(1, flip))
+        self._last = k, state
+    return state
+
+@patch
+def draws(self:BitFlips)->dict:
+    "`flips` [R, tasks − 1]: which bit flips before tasks 1, 2, …; or, where all are drawn anew, `slow` [R, tasks, f]: the states. Nothing if that is too much to keep"
+    anew = self.settings["flip"] == "all"
+    if len(self.seeds) * len(self) * (self.settings["slow"] if anew else 1) > most_draws: return {}
+    if not anew: return dict(flips=self._all_flips.T.contiguous().numpy())
+    return dict(slow=torch.stack([torch.stack([self._draw(s, k) for k in range(len(self))]) for s in self.seeds]).to(torch.uint8).numpy())
+
+@patch
+def __getitem__(self:BitFlips, k):
+    if not 0 <= k < len(self): raise IndexError(f"task {k} of {len(self)}")
+    return self._task(k, self.states(k))
 
 # %% ../nbs/api/15_bitflips.ipynb #abf2b98c
 @patch
@@ -134,21 +183,22 @@ def inputs(self:BitFlips,
 
 @patch
 def _task(self:BitFlips, k, slow):
-    x, n = self.inputs(slow), self.settings["examples"]
-    rows = torch.stack([torch.randint(x.shape[1], (n,), generator=generator(s, "task", k)) for s in self.seeds])
+    x, n = self.inputs(slow), self.settings["examples"]; kind = torch.uint8 if x.shape[1] <= 256 else torch.int32
+    rows = torch.empty(len(slow), n, dtype=kind)
+    for s, row in zip(self.seeds, rows): row.random_(x.shape[1], generator=generator(s, "task", k))
     on = lambda t: t.to(self.data.device)
     see = partial(BitView, on(x), on(self.target(x)))
-    return Regression(f"state {k}", k, see(on(rows)), None, see(on(torch.arange(x.shape[1]).expand(len(slow), -1))))
+    return Regression(f"state {k}", k, see(on(rows)), None, see(on(torch.arange(x.shape[1], dtype=kind).expand(len(slow), -1))))
 
 # %% ../nbs/api/15_bitflips.ipynb #c79f6d4f
 @patch
 def fingerprint(self:BitFlips):
     "A hash of the target, and of the first and the last task of each replica"
     h = hashlib.sha256(self.target.w.numpy().tobytes() + self.target.v.numpy().tobytes())
-    for t in (self[k].train for k in sorted({0, len(self) - 1})): h.update(t.x.cpu().numpy().tobytes() + t.rows.cpu().numpy().tobytes())
+    for t in (self[k].train for k in sorted({0, len(self) - 1})): h.update(t.x.cpu().numpy().tobytes() + t.rows.long().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
 @patch
 def record(self:BitFlips):
-    "What is needed to make this stream again, for JSON: `BitFlips(**record['settings'], seeds=record['seeds'])`"
-    return dict(kind=self.name, tasks=len(self), seeds=self.seeds, settings=self.settings, fingerprint=self.fingerprint())
+    "What is needed to make this stream again, for JSON: `from_record(record, Bits(20))`, or `BitFlips(**record['settings'], seeds=record['seeds'])`"
+    return super(BitFlips, self).record()

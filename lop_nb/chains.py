@@ -8,11 +8,12 @@ Docs: https://lop-nb.github.io/lop_nb/api/chains.html.md"""
 __all__ = ['pools', 'per_layer', 'MLP', 'shrink', 'conv_blocks', 'CNN', 'chain_groups']
 
 # %% ../nbs/api/08_chains.ipynb #f90bbc9d
+from functools import partial
 from typing import Callable
 from fastcore.basics import patch
 from torch import nn
 from .config import MLPConfig, CNNConfig
-from .layers import Dropout, Group, hidden_group, make_activation, map_norm, norm_and_act, present, reads_of, vector_norm, writes_to
+from .layers import Dropout, Group, gain, hidden_group, kaiming, make_activation, map_norm, norm_and_act, present, reads_of, uniform, vector_norm, writes_to
 from .runtime import LopError, one_of
 
 # %% ../nbs/api/08_chains.ipynb #a7912e64
@@ -43,16 +44,29 @@ class MLP(nn.Sequential):
         normalization:str=_mlp.normalization,                 # none, batch, layer, group, instance
         norm_after_activation:bool=_mlp.norm_after_activation,# linear → act → norm → drop?
         bias:bool=_mlp.bias,                                  # In every linear layer
-        normalization_affine:bool=_mlp.normalization_affine   # A gain and a shift for each unit?
+        normalization_affine:bool=_mlp.normalization_affine,  # A gain and a shift for each unit?
+        negative_slope:float=_mlp.negative_slope,             # Of leaky_relu
+        init:str=_mlp.init                                    # torch, kaiming: where the weights begin
     ):
         layers, width = [], input_size
         for i, size in enumerate(per_layer("hidden_sizes", hidden_sizes, len(hidden_sizes))):
             norm = vector_norm(normalization, size, normalization_affine)
-            layers += [(f"linear_{i}", nn.Linear(width, size, bias)), *norm_and_act(i, activation, norm, norm_after_activation),
+            layers += [(f"linear_{i}", nn.Linear(width, size, bias)), *norm_and_act(i, activation, norm, norm_after_activation, negative_slope=negative_slope),
                        (f"drop_{i}", Dropout(dropout_p) if dropout_p else None)]
             width = size
         super().__init__(present([*layers, ("out", nn.Linear(width, num_classes, bias))]))
+        self.fresh = uniform
+        if one_of("init", init, ["torch", "kaiming"]) == "kaiming": self._kaiming(gain(activation, negative_slope))
     def forward(self, x): return super().forward(x.flatten(1))
+
+@patch
+def _kaiming(self:MLP, g):
+    "Kaiming's weights, with the gain g before an activation and 1 before the logits; biases of zero"
+    self.fresh = partial(kaiming, gain=g)
+    for layer in (m for m in self if isinstance(m, nn.Linear)):
+        draw = partial(kaiming, gain=1) if layer is self.out else self.fresh
+        layer.weight.data = draw(layer.weight.shape, layer.in_features)
+        if layer.bias is not None: nn.init.zeros_(layer.bias)
 
 # %% ../nbs/api/08_chains.ipynb #c3706943
 def shrink(
@@ -89,6 +103,7 @@ def conv_blocks(
 # %% ../nbs/api/08_chains.ipynb #44cf833f
 class CNN(nn.Sequential):
     "Convolutional blocks, then fully connected layers"
+    fresh = staticmethod(uniform)
     def __init__(self,
         in_channels:int,                                       # Colours
         img_size:int,                                          # Pictures are img_size × img_size pixels
@@ -118,17 +133,18 @@ class CNN(nn.Sequential):
 
 # %% ../nbs/api/08_chains.ipynb #c6748709
 def chain_groups(
-    layers # (name, module) in the order of the forward pass
-)->list:   # Groups: "inputs", the hidden layers, "outputs"
+    layers,      # (name, module) in the order of the forward pass
+    fresh=uniform# The distribution of their weights
+)->list:         # Groups: "inputs", the hidden layers, "outputs"
     "The groups of a chain of layers"
     layers = list(layers)
     begins = [k for k, (_, m) in enumerate(layers) if isinstance(m, (nn.Linear, nn.Conv2d))]
     (name, first), (last, out) = layers[begins[0]], layers[begins[-1]]
-    hidden = [hidden_group(layers[a:b], layers[b]) for a, b in zip(begins, begins[1:])]
+    hidden = [hidden_group(layers[a:b], layers[b], fresh=fresh) for a, b in zip(begins, begins[1:])]
     inputs = Group("inputs", first.weight.shape[1], [], writes_to(name, first, first.weight.shape[1]), [], None, None, None)
     return [inputs, *hidden, Group("outputs", out.weight.shape[0], reads_of(last, out), [], [], last, last, last)]
 
 @patch
 def unit_groups(self:MLP|CNN)->list:
     "The groups of this network, from inputs to outputs; `units.UnitGraph` makes them convenient"
-    return chain_groups(self.named_children())
+    return chain_groups(self.named_children(), self.fresh)

@@ -56,7 +56,7 @@ class Checkpoint(Callback):
         write_atomic(self.folder/f"{learner.at.step:09d}.pt", buffer.getbuffer())
         for old in checkpoints(self.folder)[:-2]: old.unlink()
         self.last = time.monotonic()
-    def after_step(self, learner):
+    def after_block(self, learner):
         if time.monotonic() - self.last >= self.seconds: self.save(learner)
     def after_fit(self, learner):
         if learner.safe: self.save(learner)

@@ -45,12 +45,12 @@ def cell(mean, half):
     return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
 
 def show_table(
-    df,              # records
-    metrics=plots.overview
+    df,          # records
+    metrics=None # which; None: those of the overview
 ):
     "Print the results of each run: first task, last task, mean of all tasks; a measure of layers is averaged over them"
     out = Table(*(Column(c, no_wrap=True) for c in ("measure", "run")), "first task", "last task", "all tasks", title="mean ± 95 % interval over replicas", box=SIMPLE)
-    for m, rows in plots.table(df, metrics, layers=False).groupby("metric", sort=False):
+    for m, rows in plots.table(df, metrics or plots.at_a_glance(df), layers=False).groupby("metric", sort=False):
         for i, r in enumerate(rows.itertuples()):
             cells = [cell(getattr(r, f"{k}_mean"), getattr(r, f"{k}_half")) for k in ("first", "last", "all")]
             out.add_row("" if i else m, r.run, *cells, end_section=i == len(rows) - 1)
@@ -66,6 +66,7 @@ run_help = """lop-run trains networks on a sequence of tasks and records how the
   lop-run training=standard model=vit dataset=cifar100
   lop-run stream=rotated_inputs passage=inputs     another stream, whose tasks pass into one another
   lop-run +experiment=tickets/lop stream.tasks=2   a published setting
+  lop-run +experiment=bit-flipping                 a stream of single examples, 5 million of them
   lop-run hydra.run.dir=runs/a                     choose the folder
   lop-run hydra.run.dir=runs/a resume=true         go on with a run that was stopped or killed
   lop-run --multirun optimizer.lr=0.001,0.003,0.01 a sweep, a folder each
@@ -122,7 +123,7 @@ def finish_sweep():
     "One table of the runs of a sweep"
     if len(done) < 2: return
     df, out = read_records(done), done[0].parent/"summary.csv"
-    show_table(df, ["online_accuracy", "test_accuracy"])
+    show_table(df, plots.at_a_glance(df)[:2])
     plots.table(df, plots.at_ends(df)).to_csv(out, index=False)
     print(f"Sweep:   {out}   (figures with: lop-show {done[0].parent})")
 
@@ -163,7 +164,7 @@ def _show_parser():
                                      epilog=f"examples: lop-show outputs/2026-01-31/12-00-00   ·   lop-show runs/a runs/b --metrics dead_fraction weight_norm\n"
                                             f"          lop-show --figure plasticity runs/a\n\nfigures by name:\n{figures.describe_figures().replace('%', '%%')}")
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a run's folder, or one with the runs of a sweep")
-    parser.add_argument("--metrics", nargs="+", default=list(plots.overview), help="which measures to print (default: %(default)s)")
+    parser.add_argument("--metrics", nargs="+", default=[], help=f"which measures to print (default: {' '.join(plots.overview)}; of a regression the losses)")
     parser.add_argument("--figures", metavar="OUT", help="where the figures go (default: DIR/figures for one folder, ./comparison for several)")
     parser.add_argument("--figure", action="append", metavar="NAME", help="draw this figure alone (one of the names below; may be given several times)")
     return parser

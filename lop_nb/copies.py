@@ -19,11 +19,12 @@ _d = MetricsConfig()
 
 # %% ../nbs/api/18_copies.ipynb #1dda24b5
 def means(
-    x:torch.Tensor # [..., N, D]
-)->torch.Tensor:   # [..., 1, D]
+    x:torch.Tensor,            # [..., N, D]
+    constant:torch.Tensor=None # bool [..., 1, D]: which columns are constant, if it is known
+)->torch.Tensor:               # [..., 1, D]
     "The mean of each column; of a constant one its value, without rounding"
-    low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
-    return torch.where(low == high, low, x.mean(-2, keepdim=True))
+    if constant is None: constant = x.amin(-2, keepdim=True) == x.amax(-2, keepdim=True)
+    return torch.where(constant, x[..., :1, :], x.mean(-2, keepdim=True))
 
 def centre(
     x:torch.Tensor # [..., N, D]
@@ -58,14 +59,15 @@ def duplicate_fraction(
     kind:str="pearson",  # or "cosine"
     absolute:bool=False, # Are mirrored units (similarity below -threshold) partners too?
     how:str="partner",   # partner: share of units that have one; groups: share that could be spared; later: share with a partner behind them, as published
-    c:torch.Tensor=None  # `similarity(h, kind)`, if it is at hand
+    c:torch.Tensor=None, # `similarity(h, kind)`, if it is at hand
+    top:torch.Tensor=None # `largest(h)`, if it is at hand
 )->torch.Tensor:         # [...], 0 to 1
     "Share of the units that say what another one says"
     c = similarity(checked(h, "duplicate_fraction"), kind) if c is None else c
     if absolute: c = c.abs()
     near = c > threshold; near.diagonal(dim1=-2, dim2=-1).fill_(False) # nobody is a partner of itself
     ways = dict(partner=lambda: near.any(-1), groups=lambda: _by_groups(near, c), later=lambda: near.triu().any(-1))
-    return answer(ways[one_of("way to count duplicates", how, ways)]().to(result_type(h)).mean(-1), h)
+    return answer(ways[one_of("way to count duplicates", how, ways)]().to(result_type(h)).mean(-1), h, top)
 
 # %% ../nbs/api/18_copies.ipynb #8079686c
 def random_layers(

@@ -14,7 +14,7 @@ __all__ = ['ten', 'tiny_whole', 'tiny_url', 'tiny_md5', 'sources', 'Split', 'str
 import hashlib, io, os, shutil, tempfile, warnings, zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 import platformdirs, torch
 from fastcore.basics import patch
@@ -88,18 +88,25 @@ class Dataset:
     def shape(self): return tuple(self.train.x.shape[1:])   # (C, H, W)
     @property
     def input_size(self): return self.train.x[0].numel()
+    @cached_property
+    def all(self): return Split(*(torch.cat([getattr(s, k) for s in (self.train, self.val, self.test)]) for k in "xy")) # train, val and test in one
+    @property
+    def device(self): return self.train.x.device
+    @property
+    def examples(self): return [len(s) for s in (self.train, self.val, self.test)]
     def to(self, device): return replace(self, **{s: getattr(self, s).to(device) for s in ("train", "val", "test")})
 
 # %% ../nbs/api/05_data.ipynb #077afad6
 @patch
 def scale(self:Dataset,
     x,                 # uint8 [..., C, H, W]
-    how=_d.normalize   # raw255: 0…255; unit: 0…1; standardize: (x/255 − mean)/std for each colour
+    how=_d.normalize   # raw255: 0…255; unit: 0…1; symmetric: −1…1; standardize: (x/255 − mean)/std for each colour
 ):                     # float32, same shape
     "Pixels as numbers for a network"
-    one_of("normalize", how, ["raw255", "unit", "standardize"])
+    one_of("normalize", how, ["raw255", "unit", "symmetric", "standardize"])
     if how == "raw255": return x.float()
     if how == "unit": return x.float().div_(255)
+    if how == "symmetric": return x.float().div_(127.5).sub_(1)
     mean, std = (255 * torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
     return x.float().mul_(1 / std).sub_(mean / std)
 

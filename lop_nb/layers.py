@@ -7,7 +7,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/layers.html.md"""
 # %% auto #0
 __all__ = ['activations', 'mixing_norms', 'make_activation', 'group_count', 'vector_norm', 'map_norm', 'TokenBatchNorm',
            'TokenGroupNorm', 'token_norm', 'Dropout', 'norm_and_act', 'present', 'uniform', 'normal', 'truncated',
-           'Slice', 'Group', 'reads_of', 'writes_to', 'norm_slices', 'hidden_group', 'residual', 'join']
+           'gain', 'kaiming', 'Slice', 'Group', 'reads_of', 'writes_to', 'norm_slices', 'hidden_group', 'residual',
+           'join']
 
 # %% ../nbs/api/07_layers.ipynb #d0ae79e7
 from collections import OrderedDict
@@ -15,17 +16,21 @@ from dataclasses import dataclass
 from typing import Callable
 import torch
 from torch import nn
+from .config import MLPConfig
 from .runtime import LopError, one_of
 
 # %% ../nbs/api/07_layers.ipynb #460ad189
-activations = dict(relu=nn.ReLU, leaky_relu=lambda: nn.LeakyReLU(.1), tanh=nn.Tanh, sigmoid=nn.Sigmoid,
-                   gelu=nn.GELU, elu=nn.ELU, selu=nn.SELU, none=nn.Identity)
+_slope = MLPConfig().negative_slope
+activations = dict(relu=nn.ReLU, leaky_relu=lambda slope=_slope: nn.LeakyReLU(slope), tanh=nn.Tanh, sigmoid=nn.Sigmoid,
+                   gelu=nn.GELU, elu=nn.ELU, selu=nn.SELU, swish=nn.SiLU, none=nn.Identity)
 
 def make_activation(
-    name:str # One of `activations`
+    name:str,                   # One of `activations`
+    negative_slope:float=_slope # Of leaky_relu
 )->nn.Module:
     "The activation called `name`; `LopError` with the choices if there is none"
-    return activations[one_of("activation", name, activations)]()
+    make = activations[one_of("activation", name, activations)]
+    return make(negative_slope) if name == "leaky_relu" else make()
 
 # %% ../nbs/api/07_layers.ipynb #494087f5
 def group_count(
@@ -99,10 +104,11 @@ def norm_and_act(
     i:int,                     # Number of the layer
     activation:str,            # One of `activations`
     norm,                      # A module or None
-    norm_after_activation:bool # act → norm in place of norm → act?
+    norm_after_activation:bool,# act → norm in place of norm → act?
+    **more                     # `negative_slope`
 )->list:                       # [(name, module or None)]
     "`norm_i` and `act_i` in the order asked for"
-    pair = [(f"norm_{i}", norm), (f"act_{i}", make_activation(activation))]
+    pair = [(f"norm_{i}", norm), (f"act_{i}", make_activation(activation, **more))]
     return pair[::-1] if norm_after_activation else pair
 
 def present(
@@ -129,6 +135,19 @@ def truncated(shape, fan_in, generator=None, std=1.):
     return nn.init.trunc_normal_(torch.empty(shape, device=_device(generator)), std=std, generator=generator)
 
 def _device(generator): return generator.device if generator else None
+
+# %% ../nbs/api/07_layers.ipynb #5a338a8d
+def gain(
+    activation:str,             # One of `activations`
+    negative_slope:float=_slope # Of leaky_relu
+)->float:
+    "Kaiming's g, from torch's table; √2 where it has none"
+    name = dict(none="linear", swish="relu", elu="relu", gelu="relu").get(activation, activation)
+    return nn.init.calculate_gain(name, negative_slope if name == "leaky_relu" else None)
+
+def kaiming(shape, fan_in, generator=None, gain=2**.5):
+    "Kaiming's initial weights: uniform within ±gain·√(3/fan_in)"
+    return gain * 3**.5 * uniform(shape, fan_in, generator)
 
 # %% ../nbs/api/07_layers.ipynb #98bd3dda
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ Docs: https://lop-nb.github.io/lop_nb/api/metrics.html.md"""
 __all__ = ['known', 'measure', 'measure_layers', 'activation_statistics', 'answer', 'checked', 'dead_fraction', 'distance',
            'dormant_fraction', 'dormant_scores', 'double', 'frozen_fraction', 'gradient_shares', 'histogram',
            'result_type', 'saturated_fraction', 'saturated_gradient_fraction', 'slopes', 'unit_moments', 'unit_rows',
-           'weight_norm', 'zero_gradient_fraction', 'centre', 'duplicate_fraction', 'means', 'random_layers',
-           'similarity', 'non_gaussianity', 'non_gaussianity_scores', 'task_curvature', 'top_eigenvalues', 'trace',
-           'example_gradients', 'gradient_alignment', 'gradient_norm', 'local_redundancy', 'readiness',
-           'task_readiness', 'zero_gradient_share', 'effective_rank', 'energy_rank', 'gram', 'numerical_rank', 'outer',
-           'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
+           'weight_magnitude', 'weight_norm', 'zero_gradient_fraction', 'centre', 'duplicate_fraction', 'means',
+           'random_layers', 'similarity', 'non_gaussianity', 'non_gaussianity_scores', 'task_curvature',
+           'top_eigenvalues', 'trace', 'example_gradients', 'gradient_alignment', 'gradient_norm', 'local_redundancy',
+           'readiness', 'task_readiness', 'zero_gradient_share', 'effective_rank', 'energy_rank', 'gram',
+           'numerical_rank', 'outer', 'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
 
 # %% ../nbs/api/23_metrics.ipynb #c1090f3c
 import torch
 from functools import cached_property
 from .activity import (activation_statistics, answer, checked, dead_fraction, distance, dormant_fraction, dormant_scores, double, frozen_fraction, gradient_shares,
-    histogram, result_type, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_norm, zero_gradient_fraction)
+    histogram, largest, result_type, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_magnitude, weight_norm, zero_gradient_fraction)
 from .config import MetricsConfig
 from .copies import centre, duplicate_fraction, means, random_layers, similarity
 from .curvature import task_curvature, top_eigenvalues, trace
@@ -29,7 +29,7 @@ from .runtime import LopError, one_of
 
 # %% ../nbs/api/23_metrics.ipynb #fabe82db
 _all_ = ["activation_statistics", "answer", "checked", "dead_fraction", "distance", "dormant_fraction", "dormant_scores", "double", "frozen_fraction", "gradient_shares",
-    "histogram", "result_type", "saturated_fraction", "saturated_gradient_fraction", "slopes", "unit_moments", "unit_rows", "weight_norm", "zero_gradient_fraction",
+    "histogram", "result_type", "saturated_fraction", "saturated_gradient_fraction", "slopes", "unit_moments", "unit_rows", "weight_magnitude", "weight_norm", "zero_gradient_fraction",
     "centre", "duplicate_fraction", "means", "random_layers", "similarity", "non_gaussianity", "non_gaussianity_scores",
     "task_curvature", "top_eigenvalues", "trace", "example_gradients", "gradient_alignment", "gradient_norm", "local_redundancy", "readiness", "task_readiness", "zero_gradient_share",
     "effective_rank", "energy_rank", "gram", "numerical_rank", "outer", "participation_ratio", "rankme", "scaled", "spectrum", "srank", "stable_rank"]
@@ -52,15 +52,19 @@ class _Layer:
     "What is at hand of a layer; what several measures need is computed once, when the first asks for it"
     def __init__(self, given, settings): self.settings = settings; self.__dict__.update(given)
     @cached_property
-    def centred(self): x = scaled(self.h); self.means = means(x); return x.sub_(self.means)
+    def ends(self): return torch.cat([self.h.amin(-2, keepdim=True), self.h.amax(-2, keepdim=True)], -2)
+    @cached_property
+    def top(self): return largest(self.ends)
+    @cached_property
+    def centred(self): x = scaled(self.h, self.top); self.means = means(x, self.ends[..., :1, :] == self.ends[..., 1:, :]); return x.sub_(self.means)
     @cached_property
     def g_centred(self): return gram(self.centred)
     @cached_property
     def g(self): g = self.g_centred; return _with_means(g, self.centred, self.means[..., 0, :])
     @cached_property
-    def s(self): return spectrum(self.h, g=self.g)
+    def s(self): return spectrum(self.h, g=self.g, top=self.top)
     @cached_property
-    def s_centred(self): return spectrum(self.h, True, self.g_centred)
+    def s_centred(self): return spectrum(self.h, True, self.g_centred, self.top)
     @cached_property
     def statistics(self): return activation_statistics(self.h)
     @cached_property
@@ -75,19 +79,19 @@ def _product(c, dtype):
 
 # %% ../nbs/api/23_metrics.ipynb #9dfbb64d
 _formulas = dict(
-    dead_fraction=("h", lambda o: dead_fraction(o.h, o.settings.dead_threshold, o.settings.dead_size)),
+    dead_fraction=("h", lambda o: dead_fraction(o.h, o.settings.dead_threshold, o.settings.dead_size, o.top)),
     dormant_fraction=("h", lambda o: dormant_fraction(o.h, o.settings.dormant_threshold)),
     saturated_fraction=("slope", lambda o: saturated_fraction(o.slope, o.settings.flat_slope, o.settings.saturated_threshold)),
     frozen_fraction=("slope", lambda o: frozen_fraction(o.slope)),
-    saturated_gradient_fraction=("h grads", lambda o: saturated_gradient_fraction(o.h, o.grads, o.settings.gradient_ratio, o.settings.saturated_threshold)),
+    saturated_gradient_fraction=("h grads", lambda o: saturated_gradient_fraction(o.h, o.grads, o.settings.gradient_ratio, o.settings.saturated_threshold, top=o.top)),
     zero_gradient_fraction=("grads", lambda o: zero_gradient_fraction(o.grads)))
 
 for _name in ("mean_of_means", "std_of_means", "mean_of_stds", "std_of_stds"): _formulas[_name] = "h", lambda o, name=_name: o.statistics[name]
 
 # %% ../nbs/api/23_metrics.ipynb #6de10bc9
 _formulas |= dict(
-    duplicate_fraction=("h", lambda o: duplicate_fraction(o.h, o.settings.duplicate_threshold, c=o.pearson)),
-    duplicate_groups=("h", lambda o: duplicate_fraction(o.h, o.settings.duplicate_threshold, how="groups", c=o.pearson)),
+    duplicate_fraction=("h", lambda o: duplicate_fraction(o.h, o.settings.duplicate_threshold, c=o.pearson, top=o.top)),
+    duplicate_groups=("h", lambda o: duplicate_fraction(o.h, o.settings.duplicate_threshold, how="groups", c=o.pearson, top=o.top)),
     effective_rank=("h", lambda o: effective_rank(o.h, s=o.s)),
     effective_rank_centred=("h", lambda o: effective_rank(o.h, s=o.s_centred)),
     effective_rank_covariance=("h", lambda o: effective_rank(o.h, s=o.s_centred, squared=True)),
@@ -98,7 +102,7 @@ _formulas |= dict(
 _formulas |= dict(
     srank=("h", lambda o: srank(o.h, o.settings.missing_mass, s=o.s)),
     energy_rank=("h", lambda o: energy_rank(o.h, o.settings.missing_mass, s=o.s)),
-    participation_ratio=("h", lambda o: participation_ratio(o.h, g=o.g_centred)),
+    participation_ratio=("h", lambda o: participation_ratio(o.h, g=o.g_centred, top=o.top)),
     numerical_rank=("h", lambda o: numerical_rank(o.h, s=o.s)),
     rankme=("h", lambda o: rankme(o.h, s=o.s)),
     non_gaussianity=("h", lambda o: non_gaussianity(o.h, o.settings.normality, o.settings.normality_rows)))
@@ -106,6 +110,7 @@ _formulas |= dict(
 # %% ../nbs/api/23_metrics.ipynb #a088eb75
 _formulas |= dict(
     weight_norm=("weights", lambda o: weight_norm(o.weights)),
+    weight_magnitude=("weights", lambda o: weight_magnitude(o.weights)),
     update_norm=("weights before", lambda o: distance(o.weights, o.before)),
     distance_from_init=("weights initial", lambda o: distance(o.weights, o.initial)))
 
@@ -143,7 +148,7 @@ def measure(
     return {n: _formulas[n][1](layer) for n in names}
 
 # %% ../nbs/api/23_metrics.ipynb #c1eeaecb
-_fits = 2**18                                                            # numbers that go through a processor's cache together
+_fits = 2**19                                                            # numbers that go through a processor's cache together
 
 def _groups(names, layers):
     "Layers that are measured together: [(names, [layer, …]), …]"

@@ -6,10 +6,10 @@ Docs: https://lop-nb.github.io/lop_nb/api/models.html.md"""
 
 # %% auto #0
 __all__ = ['networks', 'make_model', 'CNN', 'MLP', 'ResNet', 'ViT', 'chain_groups', 'conv_blocks', 'per_layer', 'pools', 'shrink',
-           'Dropout', 'Group', 'Slice', 'TokenBatchNorm', 'TokenGroupNorm', 'activations', 'group_count',
-           'hidden_group', 'join', 'make_activation', 'map_norm', 'mixing_norms', 'norm_and_act', 'norm_slices',
-           'normal', 'present', 'reads_of', 'residual', 'token_norm', 'truncated', 'uniform', 'vector_norm',
-           'writes_to', 'ResidualBlock', 'Attention', 'Embedding', 'TransformerBlock']
+           'Dropout', 'Group', 'Slice', 'TokenBatchNorm', 'TokenGroupNorm', 'activations', 'gain', 'group_count',
+           'hidden_group', 'join', 'kaiming', 'make_activation', 'map_norm', 'mixing_norms', 'norm_and_act',
+           'norm_slices', 'normal', 'present', 'reads_of', 'residual', 'token_norm', 'truncated', 'uniform',
+           'vector_norm', 'writes_to', 'ResidualBlock', 'Attention', 'Embedding', 'TransformerBlock']
 
 # %% ../nbs/api/11_models.ipynb #9c88078c
 import inspect
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from .chains import CNN, MLP, chain_groups, conv_blocks, per_layer, pools, shrink
 from .config import settings
-from .layers import (Dropout, Group, Slice, TokenBatchNorm, TokenGroupNorm, activations, group_count, hidden_group, join, make_activation, map_norm, mixing_norms,
+from .layers import (Dropout, Group, Slice, TokenBatchNorm, TokenGroupNorm, activations, gain, group_count, hidden_group, join, kaiming, make_activation, map_norm, mixing_norms,
                            norm_and_act, norm_slices, normal, present, reads_of, residual, token_norm, truncated, uniform, vector_norm, writes_to)
 from .resnet import ResidualBlock, ResNet
 from .runtime import LopError, one_of
@@ -25,7 +25,7 @@ from .vit import Attention, Embedding, TransformerBlock, ViT
 
 # %% ../nbs/api/11_models.ipynb #e5f7fabd
 _all_ = ["CNN", "MLP", "ResNet", "ViT", "chain_groups", "conv_blocks", "per_layer", "pools", "shrink", "Dropout", "Group", "Slice", "TokenBatchNorm", "TokenGroupNorm", "activations",
-         "group_count", "hidden_group", "join", "make_activation", "map_norm", "mixing_norms", "norm_and_act", "norm_slices", "normal", "present", "reads_of", "residual", "token_norm", "truncated",
+         "gain", "group_count", "hidden_group", "join", "kaiming", "make_activation", "map_norm", "mixing_norms", "norm_and_act", "norm_slices", "normal", "present", "reads_of", "residual", "token_norm", "truncated",
          "uniform", "vector_norm", "writes_to", "ResidualBlock", "Attention", "Embedding", "TransformerBlock"]
 
 # %% ../nbs/api/11_models.ipynb #d4cb3503

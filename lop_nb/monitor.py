@@ -6,7 +6,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/monitor.html.md"""
 
 # %% auto #0
 __all__ = ['elementwise', 'balanced', 'read_units', 'as_rows', 'select', 'with_gradients', 'with_slopes', 'incoming', 'asked',
-           'Monitor', 'together', 'spread', 'OtherTasks']
+           'Monitor', 'spread', 'OtherTasks']
 
 # %% ../nbs/api/32_monitor.ipynb #492fe58a
 import math, re
@@ -72,7 +72,7 @@ def select(
     chosen = set(modules) if not filters else set()
     for f in filters:
         found = known.get(f, [n for n in modules if f in n])
-        if not found: raise LopError(f"metrics.layers: no module's name has '{f}' in it. There are: default, block_outputs, {', '.join(modules)}.")
+        if not found and f not in known: raise LopError(f"metrics.layers: no module's name has '{f}' in it. There are: default, block_outputs, {', '.join(modules)}.")
         chosen |= set(found)
     return [n for n in modules if n in chosen]
 
@@ -127,6 +127,7 @@ def asked(
     names = [one_of("metric", n, [*metrics.known, "all"]) for n in names]
     return list(metrics.known) if "all" in names else names
 
+# %% ../nbs/api/32_monitor.ipynb #625df860
 class Monitor(Callback):
     "Measure layers on a fixed, class-balanced, un-augmented probe: at the end of a task, and within it if asked"
     def __init__(self,
@@ -144,6 +145,7 @@ class Monitor(Callback):
         edges = list(self.settings.histogram_edges)
         if edges != sorted(set(edges)) or edges[0] <= 0: raise LopError(f"metrics.histogram_edges={edges}: they must be positive and ascending.")
         self.needs, self.weights = {need for n in self.names for need in metrics.known[n]}, {}   # {"before": params, "initial": params}
+        self.chosen = [torch.empty(0)]*2 + [None]                                                # labels, which of them count, and the probe's rows among them
         self.split, self.size, self.every, self.epochs, self.layers = one_of("split", probe_split, ["train", "val", "test"]), probe_size, every, epochs, list(layers)
 
 # %% ../nbs/api/32_monitor.ipynb #b4fd4cd0
@@ -153,7 +155,13 @@ def examples(self:Monitor, task):
     view = getattr(task, self.split)
     if view is None or view.n == 0: raise LopError(f"metrics.probe_split={self.split}, but this task has no {self.split} examples. Choose train.")
     everything = torch.arange(view.n, device=view.rows.device).expand(len(view.rows), -1)
-    return view.fetch(everything if self.size is None else balanced(view.label(everything), self.size, view.valid))
+    return view.fetch(everything if self.size is None else self.choice(view.label(everything), view.valid))
+
+@patch
+def choice(self:Monitor, y, valid):
+    "The probe's rows by the labels [R, n]: chosen anew where these are others than at the last reading"
+    if not all((a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b) for a, b in zip((y, valid), self.chosen[:2])): self.chosen = y, valid, balanced(y, self.size, valid)
+    return self.chosen[2]
 
 @patch
 def probe(self:Monitor, task):
@@ -174,27 +182,16 @@ def ingredients(self:Monitor, nets, task, places):
         if name in self.needs: more[name] = {n: incoming(params, g) for n, g in groups.items()}
     return h, more
 
-def together(
-    h,         # {module: [R, N, D]}
-    most=2**17 # numbers
-)->list:       # of lists of modules
-    "Which layers are measured in one call: on a processor small ones, for the temporaries of many large ones would leave its caches"
-    out, size = [], math.inf
-    for n, t in h.items():
-        if size + t.numel() > most and t.device.type == "cpu" or not out: out.append([]); size = 0
-        out[-1].append(n); size += t.numel()
-    return out
-
+# %% ../nbs/api/32_monitor.ipynb #46e57dcd
 @patch
 def measure(self:Monitor, learner,
     label="" # behind the name of each measure
 ):
     "Record every measure of every layer now; a layer that lacks what a measure needs goes without it"
-    nets = learner.replicas; names = {g.site: g.name for g in nets.graph.groups}; values = {}
-    h, more = self.ingredients(nets, learner.task, select(nets.modules[0], self.layers))
-    for part in together(h):
-        own = lambda named: {n: named[n] for n in part if n in named}
-        values |= metrics.measure_layers(own(h), self.names, **{k: own(v) for k, v in more.items()}, settings=self.settings)
+    nets = learner.replicas; names = {g.site: g.name for g in nets.graph.groups}
+    if not (places := select(nets.modules[0], self.layers)): return       # a linear learner has no hidden unit
+    h, more = self.ingredients(nets, learner.task, places)
+    values = metrics.measure_layers(h, self.names, **more, settings=self.settings)
     if self.histograms: values = {place: v | spread(h[place], self.settings.histogram_edges) for place, v in values.items()}
     learner.log_all({(self.split, names.get(place, place), name + label): v for place, own in values.items() for name, v in own.items()})
 

@@ -6,7 +6,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/plots.html.md"""
 
 # %% auto #0
 __all__ = ['axes', 'palette', 'dashes', 'overview', 'interval', 'over_time', 'Picture', 'style', 'pick', 'blank', 'lines',
-           'dress', 'explain', 'plot_metric', 'over_layers', 'plot_overview', 'table', 'at_ends', 'save_figures']
+           'dress', 'explain', 'plot_metric', 'at_a_glance', 'over_layers', 'plot_overview', 'table', 'at_ends',
+           'save_figures']
 
 # %% ../nbs/api/39_plots.ipynb #0a7bfb13
 import io
@@ -135,6 +136,13 @@ def plot_metric(
 # %% ../nbs/api/39_plots.ipynb #cd1bb525
 overview = "online_accuracy", "test_accuracy", "dead_fraction", "effective_rank"
 
+def at_a_glance(
+    df # records
+)->list:
+    "Those of the overview's metrics that there are, of a regression the losses in place of the accuracies"
+    names = overview if (df.metric == overview[0]).any() else [m.replace("accuracy", "loss") for m in overview]
+    return [m for m in names if (df.metric == m).any()]
+
 def over_layers(rows):
     "Each replica's mean over layers"
     return rows.groupby(["run", "metric", "seed", "task"], sort=False)[["value", "step", "examples"]].mean().reset_index().assign(layer="")
@@ -143,8 +151,8 @@ def plot_overview(
     df,      # records
     x="step" # step, examples, task
 )->Picture:
-    "Online accuracy, test accuracy, dead units and effective rank over time, a line a run"
-    names = [m for m in overview if (df.metric == m).any()]
+    "Online accuracy, test accuracy (or the losses), dead units and effective rank over time, a line a run"
+    names = at_a_glance(df)
     if not names: pick(df, overview[0])
     t = over_time(over_layers(end_of_task(df[df.metric.isin(names)])), ("run", "metric"))
     fig, panels = blank(len(names), width=2.6)
@@ -175,7 +183,7 @@ def at_ends(
     df # records
 )->list:
     "The metrics that say something at the end of a task: all but those within tasks, on other tasks, and of distributions"
-    return [m for m in df.metric.unique() if not m.startswith(("train_", "val_", "other_", "act_means_hist", "act_stds_hist")) and not m.endswith("_before_reset")]
+    return [m for m in df.metric.unique() if not m.startswith(("train_", "binned_", "val_", "other_", "act_means_hist", "act_stds_hist")) and not m.endswith("_before_reset")]
 
 def save_figures(
     df,    # records

@@ -21,7 +21,7 @@ from .learner import Callback
 from .metrics import known, measure_layers
 from .monitor import as_rows, incoming, with_gradients, with_slopes
 from .outcomes import bootstrap
-from .probe import rollout_losses
+from .probe import relative_gain, rollout_losses
 from .ranks import effective_rank, energy_rank
 from .replicas import Replicas
 from .runtime import LopError, generator
@@ -206,7 +206,7 @@ def gains(
     losses, out = rollout_losses(nets, task, ks, **rollout), {}
     start = losses.pop(0)
     for k, end in losses.items():
-        for name, v in (f"gain_{k}", torch.where(start > 0, 1 - end/start, 0.)), (f"end_{k}", end):
+        for name, v in (f"gain_{k}", relative_gain(start, end)), (f"end_{k}", end):
             out |= {name: v.mean(1), f"{name}_error": v.std(1) / v.shape[1]**.5}
     return out
 

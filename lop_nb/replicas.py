@@ -76,6 +76,9 @@ def _one(self:Replicas, call, x):
     self._caught = {}
     return call(x), self._caught
 
+@patch(as_prop=True)
+def dtype(self:Replicas): return next(iter(self.params.values())).dtype
+
 @patch
 def __call__(self:Replicas,
     x,       # [R, B, …]
@@ -83,7 +86,7 @@ def __call__(self:Replicas,
 ):           # logits [R, B, K]; with `read` also {name: [R, B, …]}
     "All replicas' logits on their own batches"
     self._catch(tuple(read))
-    out, seen = getattr(self, f"_{self.strategy}")(x)
+    out, seen = getattr(self, f"_{self.strategy}")(x.to(self.dtype))
     return (out, seen) if read else out
 
 # %% ../nbs/api/16_replicas.ipynb #57d89984
@@ -139,6 +142,30 @@ def evaluating(self:Replicas):
     finally:
         for m, mode in zip(self.modules, was): m.train(mode)
 
+# %% ../nbs/api/16_replicas.ipynb #2fd25161
+@patch
+def standardize(self:Replicas,
+    mean, std, # [R, …] of an input's shape
+    limit      # in standard deviations
+):
+    "From now on inputs x are (x − mean)/std, cut at ±limit, in evaluation mode; in training mode they are taken as they are"
+    new = dict(input_mean=mean, input_std=std, input_limit=torch.full((len(self),), float(limit)))
+    like = next(iter(self.params.values())); new = {k: v.detach().to(like.device, like.dtype, copy=True) for k, v in new.items()}
+    if "input_mean" not in self.buffers: self._receive(new)
+    for k, v in new.items(): self.buffers[k].copy_(v)
+
+@patch
+def _receive(self:Replicas, new):
+    self.buffers |= new
+    for r, m in enumerate(self.modules):
+        for k, v in new.items(): m.register_buffer(k, v[r])
+        m.register_forward_pre_hook(_standardized)
+    self._view()
+
+def _standardized(module, args):
+    if module.training: return args
+    return ((args[0] - module.input_mean) / module.input_std).clamp(-module.input_limit, module.input_limit), *args[1:]
+
 # %% ../nbs/api/16_replicas.ipynb #3d62e0fb
 @patch
 def state_dict(self:Replicas):
@@ -148,6 +175,7 @@ def state_dict(self:Replicas):
 @patch
 def load_state_dict(self:Replicas, state):
     "Write a saved state into this memory; `LopError` if it is of another network"
+    if len(state["buffers"].get("input_mean", ())) == len(self): self.standardize(*(state["buffers"][f"input_{k}"] for k in ("mean", "std")), 1.)
     for name in "params", "buffers":
         mine, saved = getattr(self, name), state[name]
         if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in saved.items()}:
@@ -167,7 +195,7 @@ def reset(self:Replicas,
     for r, seed in enumerate(self.seeds):
         with seeded(generator(seed, "init", *names)): new = self.make_model().state_dict()
         for k, v in (self.params | self.buffers).items():
-            if only is None or k in only: v[r].copy_(new[k])
+            if k in new and (only is None or k in only): v[r].copy_(new[k])
 
 # %% ../nbs/api/16_replicas.ipynb #5889a548
 @patch(as_prop=True)

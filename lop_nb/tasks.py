@@ -41,6 +41,7 @@ class View:
     pixels: torch.Tensor = None # int64 [R, H·W]: order of the pixels; None: as they are
     labels: torch.Tensor = None # int64 [R, N]: labels in place of the split's own
     angles: torch.Tensor = None # float [R]: degrees by which the pictures are turned
+    in_order: bool = False      # have the rows been drawn in random order? They are then taken as they come in the first epoch
     @property
     def n(self): return self.rows.shape[1]
     @property
@@ -182,7 +183,7 @@ def _view(self:Stream, split, rows=None, **kw):
     "A view of `split`; all rows unless some are given"
     s = getattr(self.data, split)
     if rows is None: rows = torch.arange(len(s)).expand(len(self.seeds), -1)
-    on = lambda t: None if t is None else t.to(s.x.device)
+    on = lambda t: t.to(s.x.device) if isinstance(t, torch.Tensor) else t
     return View(self.data, s, on(rows), self.normalize, **{k: on(v) for k, v in kw.items()})
 
 # %% ../nbs/api/13_tasks.ipynb #5863900d
@@ -190,14 +191,21 @@ def _view(self:Stream, split, rows=None, **kw):
 def _views(self:Stream,
     rows=None,   # name of a split -> int64 [R, n]; None: all rows
     labels=None, # the split's own labels -> int64 [R, N]; None: as they are
+    splits=("train", "val", "test"),
     **eyes       # `pixels`, `angles`: the same for all splits
 ):
     "Views of train, val and test"
     y = lambda s: getattr(self.data, s).y.cpu()
-    return [self._view(s, rows and rows(s), labels=labels and labels(y(s)), **eyes) for s in ("train", "val", "test")]
+    return [self._view(s, rows and rows(s), labels=labels and labels(y(s)), **eyes) for s in splits]
 
 @patch
 def _every_class(self:Stream): return torch.ones(len(self.seeds), self.num_classes, dtype=bool, device=self.data.train.x.device)
+
+# %% ../nbs/api/13_tasks.ipynb #148ca691
+@patch
+def draws(self:Stream)->dict:
+    "What was drawn for each task as arrays [R, tasks, …], to be kept beside the record; empty for a stream whose record says enough"
+    return {}
 
 # %% ../nbs/api/13_tasks.ipynb #871e5235
 @patch
@@ -212,4 +220,4 @@ def fingerprint(self:Stream):
 def record(self:Stream):
     "What is needed to make this stream again, for JSON"
     return dict(kind=self.name, tasks=len(self), seeds=self.seeds, normalize=self.normalize, settings=self.settings,
-                data=self.data.name, checksum=self.data.checksum, examples=[len(getattr(self.data, s)) for s in ("train", "val", "test")], fingerprint=self.fingerprint())
+                data=self.data.name, checksum=self.data.checksum, examples=self.data.examples, fingerprint=self.fingerprint())

@@ -25,7 +25,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "backprop" in done.stdout and "overview.png" in done.stdout
     assert "%" in done.stderr, "a progress bar"
-    assert {p.name for p in (tmp_path/"a").iterdir()} == {"config.yaml", "records.parquet", "summary.json", "stream.json", "figures", "checkpoints"}
+    assert {p.name for p in (tmp_path/"a").iterdir()} == {"config.yaml", "records.parquet", "summary.json", "stream.json", "draws.npz", "figures", "checkpoints"}
     summary = json.loads((tmp_path/"a"/"summary.json").read_text())
     assert summary["finished"] and list(summary["results"]) == ARMS and summary["seeds"] == [42, 43]
     df = pd.read_parquet(tmp_path/"a"/"records.parquet")

@@ -108,9 +108,10 @@ def test_splits_share_no_picture_and_do_not_depend_on_the_caller():
 def test_scale():
     data = load("digits"); x = data.test.x
     assert torch.equal(data.scale(x, "raw255"), x.float()) and torch.equal(data.scale(x, "unit"), x.float() / 255)
+    assert torch.allclose(data.scale(x, "symmetric"), (x.float()/255 - .5)/.5, atol=1e-6) and data.scale(torch.tensor([0, 255], dtype=torch.uint8), "symmetric").tolist() == [-1, 1]
     want = (x.double() / 255 - data.mean[0]) / data.std[0]
     assert (data.scale(x, "standardize") - want).abs().max() < 1e-6
-    with pytest.raises(LopError, match="raw255, unit, standardize"): data.scale(x, "none")
+    with pytest.raises(LopError, match="raw255, unit, symmetric, standardize"): data.scale(x, "none")
 
 
 @needs_mnist

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {p.stem: p for p in (ROOT/"lop_nb").glob("[a-z]*.py")}
 NOTEBOOKS = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 CELLS = {p: json.loads(p.read_text())["cells"] for p in NOTEBOOKS}
-SIDEWAYS = {("units", "models"), ("streams", "tasks"), ("bitflips", "tasks"), *((m, "learner") for m in ("checkpoints", "monitor", "interventions", "tracking")), ("experiments", "plots"), ("compose", "config"), ("compose", "runtime"), ("records", "runtime")}
+SIDEWAYS = {("units", "models"), ("streams", "tasks"), ("bitflips", "tasks"), ("bitflips", "streams"), *((m, "learner") for m in ("checkpoints", "monitor", "interventions", "tracking")), ("experiments", "plots"), ("compose", "config"), ("compose", "runtime"), ("records", "runtime")}
 SIDEWAYS |= {("chains", "layers"), ("resnet", "layers"), ("resnet", "chains"), ("vit", "layers"), *(("models", m) for m in ("layers", "chains", "resnet", "vit"))}
 SIDEWAYS |= {*((m, o) for m in ("copies", "ranks", "normality", "gradients", "curvature") for o in ("activity", "copies") if m != o), *(("metrics", m) for m in ("activity", "copies", "ranks", "normality", "gradients", "curvature")), ("curvature", "gradients"), ("ranking", "probe"), ("figures", "plots"), ("experiments", "figures")}
 SIDEWAYS |= {("learner", "engines"), ("remedies", "interventions"), ("remedies", "learner"), ("active", "kernels"), ("minibatch", "kernels"), ("kernels", "optimizers"), ("active", "optimizers"), ("minibatch", "optimizers")}

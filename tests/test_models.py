@@ -140,7 +140,7 @@ def test_the_scale_of_attention_can_be_set():
     torch.testing.assert_close(a(x), before)
 
 # ---- the numbers of a forward pass, written out
-by_hand = dict(relu=lambda z: z.clamp(min=0), leaky_relu=lambda z: z.where(z > 0, .1*z), tanh=lambda z: 2/(1 + (-2*z).exp()) - 1, sigmoid=lambda z: 1/(1 + (-z).exp()),
+by_hand = dict(relu=lambda z: z.clamp(min=0), leaky_relu=lambda z: z.where(z > 0, .1*z), tanh=lambda z: 2/(1 + (-2*z).exp()) - 1, sigmoid=lambda z: 1/(1 + (-z).exp()), swish=lambda z: z/(1 + (-z).exp()),
                gelu=lambda z: z*(1 + torch.erf(z/2**.5))/2, elu=lambda z: z.where(z > 0, z.exp() - 1), none=lambda z: z,
                selu=lambda z: 1.0507009873554805*z.where(z > 0, 1.6732632423543772*(z.exp() - 1)))
 
@@ -243,6 +243,27 @@ def test_vit_forward_by_hand(norm, affine, bias, training):
 def test_activations_by_hand(name):
     z = torch.linspace(-8, 8, 1001).double()
     torch.testing.assert_close(activations[name]()(z), by_hand[name](z), rtol=1e-12, atol=1e-12)
+
+GAINS = dict(relu=2**.5, leaky_relu=(2/(1 + .3**2))**.5, tanh=5/3, sigmoid=1., selu=.75, swish=2**.5, elu=2**.5, gelu=2**.5, none=1.)   # torch's table, and the ReLU's where it has nothing
+
+@pytest.mark.parametrize("name", activations)
+def test_kaiming_begins_within_its_bounds_and_fresh_units_too(name):
+    "weights uniform within ±g√(3/fan_in), the head with g = 1, biases zero; the distribution that replaced units draw from is that of their layer"
+    torch.manual_seed(0); net = MLP(80, 10, [400, 300], name, negative_slope=.3, init="kaiming", normalization="batch")
+    for m, g in (net.linear_0, GAINS[name]), (net.linear_1, GAINS[name]), (net.out, 1.):
+        b, w = g*(3/m.in_features)**.5, m.weight.detach()
+        assert .99*b < w.abs().max() <= b*(1 + 1e-6) and abs(w.std() - b/3**.5) < .03*b and abs(w.mean()) < .05*b and not m.bias.any()
+    for group, fan_in in zip(net.unit_groups()[1:-1], (80, 400)):
+        w = group.fresh((400, fan_in), fan_in, torch.Generator().manual_seed(1)); b = GAINS[name]*(3/fan_in)**.5
+        assert .99*b < w.abs().max() <= b*(1 + 1e-6) and abs(w.std() - b/3**.5) < .01*b
+
+def test_torchs_own_start_is_the_default_and_the_slope_reaches_the_layer():
+    torch.manual_seed(0); a = MLP(8, 3, [4], "leaky_relu")
+    torch.manual_seed(0); b = MLP(8, 3, [4], "leaky_relu", negative_slope=.01, init="torch")
+    assert torch.equal(a.linear_0.weight, b.linear_0.weight) and (a.act_0.negative_slope, b.act_0.negative_slope) == (.1, .01)
+    assert all(g.fresh is uniform for g in a.unit_groups())
+    with pytest.raises(LopError, match="Choices: torch, kaiming"): MLP(8, 3, [4], init="he")
+    with torch.device("meta"): assert MLP(8, 3, [4], init="kaiming").linear_0.weight.is_meta
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("width", [1, 2, 7, 12, 37, 64, 100])

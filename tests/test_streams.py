@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from lop_nb import config
+from lop_nb.bitflips import BitFlips
 from lop_nb.data import Dataset, Split, load
 from lop_nb.runtime import LopError, generator
 from lop_nb.streams import (Alternating, BinaryPairs, Chunks, ClassSplit, GrowingClasses, Passage, PermutedPixels, RotatedInputs, WarmStart,
@@ -27,8 +28,9 @@ DATA = dict(digits=load("digits"), colourful=colourful())
 SETTINGS = dict(permuted_pixels=dict(tasks=4), class_split=dict(tasks=3, classes_per_task=2), random_labels=dict(tasks=4, examples=60), permuted_labels=dict(tasks=4),
                 rotated_inputs=dict(tasks=4), binary_pairs=dict(tasks=6), growing_classes=dict(tasks=3, classes_per_task=2), alternating=dict(tasks=5, hard_classes=3),
                 warm_start=dict(fraction=.3, label_noise=.4), chunks=dict(tasks=4))
-EVERY = [pytest.param(k, d, id=f"{k}-{d}") for k in kinds for d in DATA]
-WAYS = [pytest.param(k, d, how, id=f"{k}-{d}-{how}") for k in kinds for d in DATA for how in kinds[k].passages]
+PICTURES = [k for k in kinds if k != BitFlips.name]      # streams of a data set; bit flips have tests of their own
+EVERY = [pytest.param(k, d, id=f"{k}-{d}") for k in PICTURES for d in DATA]
+WAYS = [pytest.param(k, d, how, id=f"{k}-{d}-{how}") for k in PICTURES for d in DATA for how in kinds[k].passages]
 make = lambda kind, data="digits", seeds=(3, 5), **kw: kinds[kind](DATA[data], seeds=seeds, **SETTINGS[kind] | kw)
 views = lambda task: [v for v in (task.train, task.val, task.test) if v is not None]
 every = lambda view: torch.arange(view.n).expand(len(view.rows), -1)
@@ -36,8 +38,62 @@ now = lambda view, p: torch.full(view.rows.shape, float(p))   # all examples at 
 
 
 def test_every_kind_is_here():
-    assert kinds.keys() == config.streams().keys() == SETTINGS.keys()
+    assert kinds.keys() == config.streams().keys() == {*SETTINGS, BitFlips.name}
     for name, kind in kinds.items(): assert kind.name == name
+
+
+# ---- streams of some examples
+
+SOME = dict(permuted_pixels=PermutedPixels, permuted_labels=kinds["permuted_labels"])
+
+@pytest.mark.parametrize("pool", ["train", "all"])
+@pytest.mark.parametrize("kind", SOME)
+def test_a_task_of_some_examples_has_none_twice_and_draws_them_anew(kind, pool):
+    make = lambda seeds, **kw: SOME[kind](DATA["colourful"], tasks=4, seeds=seeds, pool=pool, examples=90, normalize="symmetric", **kw)
+    d, stream = DATA["colourful"], make([3, 5]); source = d.train if pool == "train" else d.all; seen = []
+    for k, task in enumerate(stream):
+        view = task.train
+        assert view.n == 90 and view.in_order and view.split is not d.test and all(len(r.unique()) == 90 for r in view.rows)
+        x, y = view.fetch(every(view))
+        for r in range(2):
+            pixels = source.x[view.rows[r]].float().flatten(2)/127.5 - 1
+            if kind == "permuted_pixels": assert torch.allclose(x[r].flatten(2), pixels[:, :, view.pixels[r]], atol=1e-6) and torch.equal(y[r], source.y[view.rows[r]])
+            else: assert torch.allclose(x[r].flatten(2), pixels, atol=1e-6) and torch.equal(y[r], generated_names(stream, r, k)[source.y[view.rows[r]]])
+        assert (task.val is task.test is None) if pool == "all" else task.test.n == len(d.test)
+        alone = make([5])[k].train
+        assert torch.equal(alone.rows[0], view.rows[1]) and torch.equal(alone.fetch(every(alone))[0][0], x[1])
+        seen.append(view.rows)
+    assert len({tuple(r.tolist()) for rows in seen for r in rows}) == 8
+    again = from_record(json.loads(json.dumps(stream.record())), d)
+    assert again.fingerprint() == stream.fingerprint() != make([3, 6]).fingerprint() and torch.equal(again[2].train.rows, seen[2])
+
+
+def generated_names(stream, r, k): return torch.randperm(7, generator=generator(stream.seeds[r], "task", k))
+
+
+def test_the_pool_of_all_is_train_then_val_then_test():
+    d = DATA["digits"]; n, m = len(d.train), len(d.val)
+    assert torch.equal(d.all.x[:n], d.train.x) and torch.equal(d.all.x[n:n + m], d.val.x) and torch.equal(d.all.y[n + m:], d.test.y) and len(d.all) == 1797
+    task = PermutedPixels(d, pool="all", tasks=1)[0]
+    assert torch.equal(task.train.rows[0], torch.arange(1797)) and not task.train.in_order and task.test is None
+
+
+def test_a_stream_that_takes_all_draws_what_it_always_drew():
+    "settings that are left alone change no draw: the record of an older stream is still good"
+    for kind in SOME:
+        stream = make(kind); old = stream.record(); settings = {k: v for k, v in old["settings"].items() if k not in ("pool", "examples")}
+        assert from_record(old | dict(settings=settings), DATA["digits"]).fingerprint() == stream.fingerprint()
+        n = 64 if kind == "permuted_pixels" else 10
+        assert torch.equal(stream._draw(3, 1), torch.randperm(n, generator=generator(3, "task", 1)))
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_more_than_there_is_is_refused(kind):
+    for pool, there in ("train", 1293), ("all", 1797):
+        with pytest.raises(LopError, match=f"stream.pool={pool} has {there} examples"): SOME[kind](DATA["digits"], pool=pool, examples=there + 1)
+        assert SOME[kind](DATA["digits"], pool=pool, examples=there)[0].train.n == there
+    with pytest.raises(LopError, match="stream.examples=0"): check_stream(kind, dict(examples=0), 10)
+    with pytest.raises(LopError, match="Choices: train, all"): check_stream(kind, dict(pool="test"), 10)
 
 
 # ---- every kind
