@@ -107,7 +107,7 @@ def _weigh(P, ix, xs, a, n, z):
 def _activate(net, z, h, g, n):
     one = z.dtype.type(1)
     if net.act == 0:
-        for j in range(len(z)): h[j] = z[j] if z[j] > 0 else 0; g[j] = 1 if z[j] > 0 else 0
+        for j in range(len(z)): h[j] = 0 if z[j] <= 0 else z[j]; g[j] = 0 if z[j] <= 0 else 1
     elif net.act == 1:
         for j in range(len(z)): h[j] = z[j] if z[j] > 0 else net.slope * z[j]; g[j] = one if z[j] > 0 else net.slope
     elif net.act == 6:
@@ -119,7 +119,8 @@ def _bend(net, z, h, g, n):
     one = z.dtype.type(1)
     for j in range(n):
         if net.act == 2: h[j] = math.tanh(z[j]); g[j] = one - h[j] * h[j]
-        elif net.act == 4: v = net.slope * math.expm1(min(z[j], one - one)); h[j] = z[j] if z[j] > 0 else v; g[j] = one if z[j] > 0 else v + net.slope
+        elif net.act == 4 and z[j] > 0: h[j] = z[j]; g[j] = one
+        elif net.act == 4: v = net.slope * math.expm1(z[j]); h[j] = v; g[j] = v + net.slope
         else:
             v = one / (one + math.exp(-z[j])); s = v * (one - v)
             h[j] = v if net.act == 3 else z[j] * v; g[j] = s if net.act == 3 else v + z[j] * s
@@ -511,8 +512,9 @@ def _keep(self:Shallow, n, birth, f, u):
 def _examples(self:Shallow, x, y):
     "Table [R, k, in]; codes [R, n], or none; labels or targets [R, k]; n"
     table, codes = x if isinstance(x, tuple) else (x, torch.zeros(len(x), 0, dtype=torch.int64))
-    table, codes, y = table.flatten(2).contiguous().numpy(), codes.contiguous().numpy(), y.contiguous().numpy()
-    labels, targets = (np.zeros((0, 0), np.int64), y) if self.job.loss == "squared" else (y, np.zeros((0, 0), self.type))
+    like, squared = self.params[0].dtype, self.job.loss == "squared"
+    table, codes, y = table.to(like).flatten(2).contiguous().numpy(), codes.long().contiguous().numpy(), y.to(like if squared else torch.int64).contiguous().numpy()
+    labels, targets = (np.zeros((0, 0), np.int64), y) if squared else (y, np.zeros((0, 0), self.type))
     return (table, codes, labels, targets), codes.shape[1] or table.shape[1]
 
 @patch
