@@ -418,10 +418,10 @@ def _online(**kw): return _choose(training="streaming", **dict(model="mlp", data
 
 def _plain(*sizes, **kw): return dict(hidden_sizes=[*sizes], normalization="none", dropout_p=0.) | kw
 
-def _permuted(optimizer, stream):
+def _permuted(optimizer, stream, **metrics):
     return _online() | dict(
         model=_plain(2000, 2000, 2000, init="kaiming"), dataset=dict(normalize="unit", val=0.), stream=dict(examples=60_000) | stream,
-        optimizer=optimizer, metrics=dict(probe_size=2000), intervention=_and_cbp())
+        optimizer=optimizer, metrics=dict(probe_size=2000) | metrics, intervention=_and_cbp())
 
 def _and_cbp(): return dict(arms=["backprop", "continual_backprop"], continual_backprop=dict(utility="adaptable_contribution"))
 
@@ -459,7 +459,7 @@ def presets()->dict:
     pairs = dict(stream="class_split", optimizer="adam", training="continual", intervention="backprop")
     return {
         "tickets/lop": _lop(),
-        "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all")),
+        "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all"), names=["weight_magnitude", "dead_fraction", "effective_rank"]),
         "permuted-mnist/nature": _permuted(dict(lr=1e-2), dict(tasks=800)),
         "bit-flipping": _bits(_of_the_grid(), tasks=500),
         "bit-flipping/nature": _bits(dict(every=10, bin=20_000), tasks=300, count="published"),
