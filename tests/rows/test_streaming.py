@@ -88,7 +88,7 @@ def test_A74_the_learner(name, gain):
         nets = study(*BITS, f"model.hidden_size_learner={size}", f"model.activation={name}")[1][0].replicas; p = nets.params
         assert p["linear_0.weight"].shape == (2, size, 20) and p["out.weight"].shape == (2, 1, size) and not p["linear_0.bias"].any() and not p["out.bias"].any()
         for k, bound in ("linear_0.weight", gain*(3/20)**.5), ("out.weight", (3/size)**.5): assert .5*bound < p[k].abs().max() <= bound*(1 + 1e-6)
-        fresh = nets.graph[f"act_0"].fresh((1000, 20), 20, torch.Generator().manual_seed(0)); assert .99*gain*(3/20)**.5 < fresh.abs().max() <= gain*(3/20)**.5*(1 + 1e-6)
+        fresh = nets.graph["act_0"].fresh((1000, 20), 20, torch.Generator().manual_seed(0)); assert .99*gain*(3/20)**.5 < fresh.abs().max() <= gain*(3/20)**.5*(1 + 1e-6)
     z = torch.linspace(-4, 4, 9); f = nets.modules[0].act_0
     by_hand = dict(relu=z.clamp(min=0), tanh=z.tanh(), sigmoid=1/(1 + (-z).exp()), leaky_relu=torch.where(z < 0, .01*z, z), elu=torch.where(z < 0, z.exp() - 1, z), swish=z/(1 + (-z).exp()))
     assert torch.allclose(f(z), by_hand[name], atol=1e-6)
