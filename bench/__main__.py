@@ -25,7 +25,7 @@ def chosen(only, quick):
     meant = {o: [o] if o in every else [k for k in every if k.startswith(o)] for o in only}
     unknown = [o for o, names in meant.items() if not names]
     if unknown: sys.exit(f"No row begins with {', '.join(unknown)}. There are: {', '.join(every)}.")
-    return {k: make for k, make in every.items() if not only or any(k in names for names in meant.values())}
+    return {k: every[k] for names in meant.values() for k in names} if only else every
 
 
 def main(args=None):

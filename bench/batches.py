@@ -100,7 +100,7 @@ def peer(weights, x, y, R, skip=0):
     jnp, turn = jaxed.jnp, picks(len(x), R)
     trainer, jx, jy = jaxed.Trainer(weights, "relu", jaxed.cross_entropy, jaxed.adam(1e-3)), jnp.array(x.numpy()), jnp.array(y.int().numpy())
     def run():
-        pick = jnp.array(next(turn).numpy().reshape(R, STEPS, B))
+        pick = jnp.array(next(turn).numpy().reshape(R, STEPS, B).swapaxes(0, 1))
         return trainer(jx[pick], jy[pick]).reshape(R, -1)[:, :100]
     return warmed(run, skip), R * STEPS * B
 

@@ -64,7 +64,7 @@ def peer(s, x, y, n):
     jaxed.need()
     optimizer = jaxed.adam(s.lr, clip=s.clip) if s.adam else jaxed.sgd(s.lr)
     trainer = jaxed.Trainer(s.weights(), s.act, jaxed.cross_entropy, optimizer, jaxed.ContinualBackprop(s.weights(), steps=20_000, fresh=16) if s.cbp else None)
-    turn = ours.Turn([(jaxed.jnp.array(a[:, :, None].numpy()), jaxed.jnp.array(b[..., None].int().numpy())) for a, b in zip(x.split(n, 1), y.split(n, 1))])
+    turn = ours.Turn([jaxed.steps_first(a, b.int()) for a, b in zip(x.split(n, 1), y.split(n, 1))])
     return lambda: trainer(*turn())[:, :100, 0], n
 
 

@@ -73,7 +73,17 @@ def _four(z, h, W, i, j, k, l):
     wi, wj, wk, wl, a, b, c, d = W[i], W[j], W[k], W[l], h[i], h[j], h[k], h[l]
     for o in range(len(z)): z[o] = (((z[o] + a * wi[o]) + b * wj[o]) + c * wk[o]) + d * wl[o]
 
-# %% ../nbs/api/27_active.ipynb #164773b4
+# %% ../nbs/api/27_active.ipynb #8ff0df36
+@compiled
+def _find(h, m, all, active):
+    "Numbers of the rows to touch, in order; how many"
+    n = 0
+    for i in range(m):
+        active[n] = i
+        n += all or h[i] != 0
+    return n
+
+# %% ../nbs/api/27_active.ipynb #99c80e98
 acts = {k: i for i, k in enumerate(("none", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "swish"))}
 
 @compiled
@@ -91,22 +101,13 @@ def _activate(kind, slope, z, d):
             if kind == 4: z[j] = s; d[j] = s * (1 - s)
             else: d[j] = s * (1 + z[j] * (1 - s)); z[j] = z[j] * s
 
+# %% ../nbs/api/27_active.ipynb #21166fda
 @compiled
 def _leak(slope, z, d):
     one = z.dtype.type(1)
     for j in range(len(z)):
         d[j] = one if z[j] > 0 else slope
         z[j] = z[j] if z[j] > 0 else slope * z[j]
-
-# %% ../nbs/api/27_active.ipynb #8ff0df36
-@compiled
-def _find(h, m, all, active):
-    "Numbers of the rows to touch, in order; how many"
-    n = 0
-    for i in range(m):
-        active[n] = i
-        n += all or h[i] != 0
-    return n
 
 # %% ../nbs/api/27_active.ipynb #fa886595
 @compiled
@@ -123,39 +124,49 @@ def _loss(z, K, label, value, squared, d):
     d[label] -= 1
     return np.log(total) + top - z[label]
 
-# %% ../nbs/api/27_active.ipynb #0d62c4a5
+# %% ../nbs/api/27_active.ipynb #c032b1a0
+@compiled
+def _within(v, bound):
+    v = bound if v > bound else v
+    return -bound if v < -bound else v
+
+@compiled
+def _move(b, d, lr, keep, bound): # the biases
+    for j in range(len(b)): b[j] = _within(keep * b[j] - lr * d[j], bound)
+
 @compiled(fastmath=fused)
 def _step(W, d, h, active, n, lr, keep, bound):
     "W_i ← keep·W_i − lr·h_i·d for the active rows, within the bound"
     for k in range(n):
         w, a = W[active[k]], lr * h[active[k]]
-        for j in range(len(d)):
-            v = keep * w[j] - a * d[j]
-            v = bound if v > bound else v
-            w[j] = -bound if v < -bound else v
+        for j in range(len(d)): w[j] = _within(keep * w[j] - a * d[j], bound)
 
+# %% ../nbs/api/27_active.ipynb #c58e559a
 @compiled(fastmath=dots)
 def _step_back(W, d, h, φ, active, n, lr, keep, bound, back):
     "The same; and back = φ′ ∘ W d with the old W"
-    for k in range(n):
+    _fours_back(W, d, h, φ, active, n, lr, keep, bound, back)
+    for k in range(n - n % 4, n):
         w, a, s = W[active[k]], lr * h[active[k]], d.dtype.type(0)
-        for j in range(len(d)):
-            s += w[j] * d[j]
-            v = keep * w[j] - a * d[j]
-            v = bound if v > bound else v
-            w[j] = -bound if v < -bound else v
+        for j in range(len(d)): s += w[j] * d[j]; w[j] = _within(keep * w[j] - a * d[j], bound)
         back[active[k]] = s * φ[active[k]]
 
-# %% ../nbs/api/27_active.ipynb #c58e559a
-@compiled
-def _weights(θ, table, l):
-    m, _, p, w, b = table[l]
-    return θ[w:b].reshape(m, p), θ[b:b + p]
-
-@compiled
-def _one(b): return b.reshape(1, len(b))
-
 # %% ../nbs/api/27_active.ipynb #dae80c13
+@compiled(fastmath=dots)
+def _fours_back(W, d, h, φ, active, n, lr, keep, bound, back):
+    "Four rows at a time: memory brings one while another is worked on"
+    for k in range(0, n - 3, 4):
+        i0, i1, i2, i3, s0 = active[k], active[k + 1], active[k + 2], active[k + 3], d.dtype.type(0)
+        w0, w1, w2, w3, s1, s2, s3 = W[i0], W[i1], W[i2], W[i3], s0, s0, s0
+        a0, a1, a2, a3 = lr * h[i0], lr * h[i1], lr * h[i2], lr * h[i3]
+        for j in range(len(d)):
+            e, u0, u1, u2, u3 = d[j], w0[j], w1[j], w2[j], w3[j]
+            s0 += u0 * e; s1 += u1 * e; s2 += u2 * e; s3 += u3 * e
+            w0[j] = _within(keep * u0 - a0 * e, bound); w1[j] = _within(keep * u1 - a1 * e, bound)
+            w2[j] = _within(keep * u2 - a2 * e, bound); w3[j] = _within(keep * u3 - a3 * e, bound)
+        back[i0], back[i1], back[i2], back[i3] = s0 * φ[i0], s1 * φ[i1], s2 * φ[i2], s3 * φ[i3]
+
+# %% ../nbs/api/27_active.ipynb #de9185b2
 Scratch = namedtuple("Scratch", "h φ d active n")
 
 @compiled
@@ -164,6 +175,12 @@ def _scratch(θ, table, wide):
     L, most = len(table), wide
     for l in range(L): most = max(most, table[l, 2])
     return Scratch(np.zeros((L + 1, most), θ.dtype), np.zeros((L + 1, most), θ.dtype), np.zeros((2, most), θ.dtype), np.zeros((L, most + 1), np.int64), np.zeros(L, np.int64))
+
+# %% ../nbs/api/27_active.ipynb #c2169ac3
+@compiled
+def _weights(θ, table, l):
+    m, _, p, w, b = table[l]
+    return θ[w:b].reshape(m, p), θ[b:b + p]
 
 @compiled
 def _see(θ, table, x, s, kind, slope, all, begun):
@@ -175,25 +192,31 @@ def _see(θ, table, x, s, kind, slope, all, begun):
         if l or not begun: _forward(W, b, s.h[l], s.active[l], s.n[l], z)
         if l < len(table) - 1: _activate(kind, slope, z, φ)
 
-# %% ../nbs/api/27_active.ipynb #23b82d96
+# %% ../nbs/api/27_active.ipynb #a604b4e7
+@compiled
+def _learn(θ, table, s, lr, keep, bounds, renew, sums):
+    "The step that follows `_see` and `_loss`"
+    L = len(table)
+    for l in range(L - 1, -1, -1):
+        (W, b), back, n = _weights(θ, table, l), s.d[l % 2], s.n[l]; d = s.d[(l + 1) % 2, :len(b)]
+        _move(b, d, lr, keep, bounds[l])
+        back[:] = 0
+        if renew.on: _count(W, d, s.h[l], s.φ[l], s.active[l], n, lr, keep, back, renew, sums.change, sums.rows[l], sums.cols[l])
+        elif l: _step_back(W, d, s.h[l], s.φ[l], s.active[l], n, lr, keep, bounds[l], back)
+        else: _step(W, d, s.h[l], s.active[l], n, lr, keep, bounds[l])
+
+# %% ../nbs/api/27_active.ipynb #7d9fb8fc
 @compiled
 def _sgd(θ, table, x, labels, values, squared, kind, slope, lr, keep, bounds, losses, logits, renew, sums, stats, due, fresh):
     "Learn from the examples x [n, in] in order"
     L, K, s = len(table), table[len(table) - 1, 1], _scratch(θ, table, x.shape[1])
-    ones, zero, used = np.ones(1, θ.dtype), np.zeros(1, np.int64), np.zeros(L, np.int64)
+    used = np.zeros(L, np.int64)
     if renew.on: _count_all(θ, table, renew, sums)
     for t in range(len(x)):
         _see(θ, table, x[t], s, kind, slope, keep != 1, False)
         _copy(s.h[L], logits[t])
-        losses[t] = _loss(s.h[L, :len(s.d[0])], K, labels[t], values[t], squared, s.d[L % 2])
-        for l in range(L - 1, -1, -1):
-            W, b = _weights(θ, table, l)
-            d, back, n = s.d[(l + 1) % 2, :len(b)], s.d[l % 2], s.n[l]
-            _step(_one(b), d, ones, zero, 1, lr, keep, bounds[l])
-            back[:] = 0
-            if renew.on: _step_count(W, d, s.h[l], s.φ[l], s.active[l], n, lr, keep, back, renew, sums.change, sums.rows[l], sums.cols[l])
-            elif l: _step_back(W, d, s.h[l], s.φ[l], s.active[l], n, lr, keep, bounds[l], back)
-            else: _step(W, d, s.h[l], s.active[l], n, lr, keep, bounds[l])
+        losses[t] = _loss(s.h[L], K, labels[t], values[t], squared, s.d[L % 2])
+        _learn(θ, table, s, lr, keep, bounds, renew, sums)
         if t == 0: _clip(θ, table, bounds)
         if renew.on: _renew(θ, table, s.h, renew, sums, stats, due[:, t], fresh, used)
 
@@ -202,21 +225,22 @@ def _clip(θ, table, bounds):
     "What no step has touched was perhaps never within the bounds"
     for l in range(len(table)):
         m, _, p, w, b = table[l]
-        if bounds[l] < np.inf:
-            for j in range(w, b + p): θ[j] = min(max(θ[j], -bounds[l]), bounds[l])
+        if bounds[l] == np.inf: continue
+        for j in range(w, b + p): θ[j] = _within(θ[j], bounds[l])
 
-# %% ../nbs/api/27_active.ipynb #de9185b2
+# %% ../nbs/api/27_active.ipynb #cc399e13
 Renew = namedtuple("Renew", "on centred contributes adapts mean maturity new filled many scale top half")
 Sums = namedtuple("Sums", "rows cols change")
 Stats = namedtuple("Stats", "age f u")
 
+# %% ../nbs/api/27_active.ipynb #66cf6860
 @compiled(fastmath=dots)
-def _step_count(W, d, h, φ, active, n, lr, keep, back, renew, change, rows, cols):
+def _count(W, d, h, φ, active, n, lr, keep, back, renew, change, rows, cols):
     "As `_step_back`, and the sums of |W| follow"
+    _fours_count(W, d, h, φ, active, n, lr, keep, back, renew, change, rows)
     whole, scale, top, half = change.dtype.type, renew.scale, renew.top, renew.half
-    for k in range(n):
-        i = active[k]
-        w, a, s, r = W[i], lr * h[i], d.dtype.type(0), whole(0)
+    for k in range(n - n % 4, n):
+        i = active[k]; w, a, s, r = W[i], lr * h[i], d.dtype.type(0), whole(0)
         for j in range(len(d)):
             u = w[j]; s += u * d[j]
             v = keep * u - a * d[j]; w[j] = v
@@ -224,6 +248,28 @@ def _step_count(W, d, h, φ, active, n, lr, keep, back, renew, change, rows, col
             change[j] += c; r = whole(r + c)
         back[i] = s * φ[i]; rows[i] += r
     for j in range(len(d)): cols[j] += change[j]; change[j] = 0
+
+# %% ../nbs/api/27_active.ipynb #8ea5b389
+@compiled(fastmath=dots)
+def _fours_count(W, d, h, φ, active, n, lr, keep, back, renew, change, rows):
+    "Four rows at a time, as in `_fours_back`"
+    whole, scale, top, half = change.dtype.type, renew.scale, renew.top, renew.half
+    for k in range(0, n - 3, 4):
+        i0, i1, i2, i3, s0, r0 = active[k], active[k + 1], active[k + 2], active[k + 3], d.dtype.type(0), whole(0)
+        w0, w1, w2, w3, s1, s2, s3, r1, r2, r3 = W[i0], W[i1], W[i2], W[i3], s0, s0, s0, r0, r0, r0
+        a0, a1, a2, a3 = lr * h[i0], lr * h[i1], lr * h[i2], lr * h[i3]
+        for j in range(len(d)):
+            e, u0, u1, u2, u3 = d[j], w0[j], w1[j], w2[j], w3[j]
+            s0 += u0 * e; s1 += u1 * e; s2 += u2 * e; s3 += u3 * e
+            v0 = keep * u0 - a0 * e; v1 = keep * u1 - a1 * e; v2 = keep * u2 - a2 * e; v3 = keep * u3 - a3 * e
+            w0[j] = v0; w1[j] = v1; w2[j] = v2; w3[j] = v3
+            c0 = whole(min(abs(v0), top) * scale + half) - whole(min(abs(u0), top) * scale + half)
+            c1 = whole(min(abs(v1), top) * scale + half) - whole(min(abs(u1), top) * scale + half)
+            c2 = whole(min(abs(v2), top) * scale + half) - whole(min(abs(u2), top) * scale + half)
+            c3 = whole(min(abs(v3), top) * scale + half) - whole(min(abs(u3), top) * scale + half)
+            change[j] += (c0 + c1) + (c2 + c3); r0 = whole(r0 + c0); r1 = whole(r1 + c1); r2 = whole(r2 + c2); r3 = whole(r3 + c3)
+        back[i0], back[i1], back[i2], back[i3] = s0 * φ[i0], s1 * φ[i1], s2 * φ[i2], s3 * φ[i3]
+        rows[i0] += r0; rows[i1] += r1; rows[i2] += r2; rows[i3] += r3
 
 # %% ../nbs/api/27_active.ipynb #c4c799e5
 @compiled
@@ -238,7 +284,7 @@ def _count_all(θ, table, renew, sums):
         for i in range(len(W)):
             for j in range(table[l, 1]): c = _fixed(W[i, j], renew); sums.rows[l, i] += c; sums.cols[l, j] += c
 
-# %% ../nbs/api/27_active.ipynb #5e47264c
+# %% ../nbs/api/27_active.ipynb #ee2c9c80
 @compiled
 def _judge(h, renew, w_out, w_in, unit_out, unit_in, age, f, u):
     "One step of the running averages of a layer's units"
@@ -251,6 +297,7 @@ def _judge(h, renew, w_out, w_in, unit_out, unit_in, age, f, u):
         if renew.adapts: value /= real(w_in[j] * unit_in)
         u[j] += new * (value - u[j])
 
+# %% ../nbs/api/27_active.ipynb #098744fa
 @compiled
 def _least(renew, age, u, taken):
     "The unit of least utility among those that are old enough"
@@ -285,6 +332,7 @@ def _renew(θ, table, h, renew, sums, stats, due, fresh, used):
         if due[l]: _replace_some(θ, table, l, due[l], renew, sums, age, f, u, fresh[at + used[l]*m:])
         used[l] += due[l]; at += renew.many[l] * m
 
+# %% ../nbs/api/27_active.ipynb #6465c7f2
 @compiled
 def _replace_some(θ, table, l, n, renew, sums, age, f, u, fresh):
     "The n least useful units of layer l"
@@ -305,12 +353,11 @@ def _adam_first(W, M, V, d, x, how, c, ε, after, z):
         for j in range(len(d)):
             g = a * d[j] + wd * w[j]
             mj = m[j] + new1 * (g - m[j]); vj = β2 * v[j] + new2 * (g * g)
-            u = keep * w[j] - c * mj / (np.sqrt(vj) + ε)
-            u = bound if u > bound else u
-            u = -bound if u < -bound else u
+            u = _within(keep * w[j] - c * mj / (np.sqrt(vj) + ε), bound)
             m[j] = mj; v[j] = vj; w[j] = u
             z[j] += xn * u
 
+# %% ../nbs/api/27_active.ipynb #231e4ce6
 @compiled(fastmath=dots)
 def _adam_back(W, M, V, d, h, how, c, ε, φ, back):
     "Adam's step with the slopes h_i·d; back = φ′ ∘ W d with the old W"
@@ -321,29 +368,35 @@ def _adam_back(W, M, V, d, h, how, c, ε, φ, back):
             s += w[j] * d[j]
             g = a * d[j] + wd * w[j]
             mj = m[j] + new1 * (g - m[j]); vj = β2 * v[j] + new2 * (g * g)
-            u = keep * w[j] - c * mj / (np.sqrt(vj) + ε)
-            u = bound if u > bound else u
-            u = -bound if u < -bound else u
+            u = _within(keep * w[j] - c * mj / (np.sqrt(vj) + ε), bound)
             m[j] = mj; v[j] = vj; w[j] = u
         back[i] = s * φ[i]
 
-# %% ../nbs/api/27_active.ipynb #231e4ce6
+# %% ../nbs/api/27_active.ipynb #0d295b85
+@compiled
+def _one(b): return b.reshape(1, len(b))
+
 @compiled
 def _adam(θ, m, v, table, x, labels, values, squared, kind, slope, pace, hows, losses, logits):
     "Learn from the examples x [n, in] in order"
     L, K, s = len(table), table[len(table) - 1, 1], _scratch(θ, table, x.shape[1])
-    ones, none = np.ones(1, θ.dtype), np.zeros(1, θ.dtype)
     for t in range(len(x)):
         _see(θ, table, x[t], s, kind, slope, True, t > 0)
         _copy(s.h[L], logits[t])
         losses[t] = _loss(s.h[L], K, labels[t], values[t], squared, s.d[L % 2])
-        for l in range(L - 1, -1, -1):
-            (W, b), (Mw, Mb), (Vw, Vb) = _weights(θ, table, l), _weights(m, table, l), _weights(v, table, l)
-            d, back, z = s.d[(l + 1) % 2, :len(b)], s.d[l % 2], s.h[1]
-            c, ε, cb, εb = pace[t, 2*l, 0], pace[t, 2*l, 1], pace[t, 2*l + 1, 0], pace[t, 2*l + 1, 1]
-            _adam_first(_one(b), _one(Mb), _one(Vb), d, ones, hows[l], cb, εb, none, z)
-            if l: back[:] = 0; _adam_back(W, Mw, Vw, d, s.h[l], hows[l], c, ε, s.φ[l], back)
-            else: _copy(b, z[:len(b)]); _adam_first(W, Mw, Vw, d, s.h[0], hows[l], c, ε, x[min(t + 1, len(x) - 1)], z)
+        _adam_learn(θ, m, v, table, s, pace[t], hows, x[min(t + 1, len(x) - 1)])
+
+# %% ../nbs/api/27_active.ipynb #48ea0298
+@compiled
+def _adam_learn(θ, m, v, table, s, pace, hows, after):
+    "The step that follows `_see` and `_loss`; leaves the first layer's sum for the example `after` in s.h[1]"
+    ones, none, z = np.ones(1, θ.dtype), np.zeros(1, θ.dtype), s.h[1]
+    for l in range(len(table) - 1, -1, -1):
+        (W, b), (Mw, Mb), (Vw, Vb) = _weights(θ, table, l), _weights(m, table, l), _weights(v, table, l)
+        d, back, (c, ε), (cb, εb) = s.d[(l + 1) % 2, :len(b)], s.d[l % 2], (pace[2*l, 0], pace[2*l, 1]), (pace[2*l + 1, 0], pace[2*l + 1, 1])
+        _adam_first(_one(b), _one(Mb), _one(Vb), d, ones, hows[l], cb, εb, none, z)
+        if l: back[:] = 0; _adam_back(W, Mw, Vw, d, s.h[l], hows[l], c, ε, s.φ[l], back)
+        else: _copy(b, z[:len(b)]); _adam_first(W, Mw, Vw, d, s.h[0], hows[0], c, ε, after, z)
 
 # %% ../nbs/api/27_active.ipynb #667fd550
 class Active:

@@ -450,7 +450,7 @@ def _bits(metrics, **stream):
 
 def _of_the_grid(): # what its analysis measures, and its thresholds
     return dict(names=["dead_fraction", "duplicate_fraction", "effective_rank", "stable_rank", "saturated_gradient_fraction", "non_gaussianity", "weight_norm"],
-                duplicate_threshold=.98, gradient_ratio=.05, saturated_threshold=.8)
+                bin=1000, duplicate_threshold=.98, gradient_ratio=.05, saturated_threshold=.8)
 
 # %% ../nbs/api/02_config.ipynb #d4e13d63
 def presets()->dict:
@@ -461,7 +461,7 @@ def presets()->dict:
         "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all")),
         "permuted-mnist/nature": _permuted(dict(lr=1e-2), dict(tasks=800)),
         "bit-flipping": _bits(_of_the_grid(), tasks=500),
-        "bit-flipping/nature": _bits(dict(every=10), tasks=300),
+        "bit-flipping/nature": _bits(dict(every=10, bin=20_000), tasks=300),
         "streaming/clipping": _clipping(),
         "streaming/input_permuted": _upgd(1e-3, dict(tasks=200, examples=5000), 2., 1e-2, (1e-2, .1)),
         "streaming/input_permuted/adam": _upgd(1e-4, dict(tasks=200, examples=5000), 1., 1e-2, (1e-2, .1), dict(optimizer="adam")),

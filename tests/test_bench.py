@@ -99,9 +99,9 @@ def test_jax_replaces_units_at_the_same_steps():
     sizes, n, rate = (6, 30, 30, 3), 260, 5e-4
     weights, g = ours.he(sizes, 2), torch.Generator().manual_seed(0)
     x, y = torch.rand(2, n, 6, generator=g), torch.randint(3, (2, n), generator=g)
-    jaxed.need(); jnp = jaxed.jnp
+    jaxed.need()
     t = jaxed.Trainer(weights, "relu", jaxed.cross_entropy, jaxed.sgd(.05), jaxed.ContinualBackprop(weights, rate, steps=n))
-    t(jnp.array(x[:, :, None].numpy()), jnp.array(y[..., None].int().numpy()))
+    t(*jaxed.steps_first(x, y.int()))
     plain = reference.ContinualBackprop(reference.network([(w[1], b[1]) for w, b in weights]), .05, F.cross_entropy, rate=rate)
     for i in range(n): plain.learn(x[1, i:i+1], y[1, i:i+1])
     for s, ages in zip(t.stats, plain.ages): assert sorted(np.asarray(s["age"])[1].tolist()) == sorted(ages.tolist())
