@@ -571,8 +571,9 @@ def _side_by_side(self:Shallow, part, data, losses, logits, step, renewal):
     "Train a part of the replicas as lanes"
     H, (ren, due, fresh, *stats), (table, codes, _, targets), T = self.net.hidden, renewal, [d[part] for d in data], self.type
     P, own = np.ascontiguousarray(self.P[part, :, :H].transpose(1, 2, 0)), [np.ascontiguousarray(v[part, :H].T) for v in stats]
-    moving = np.flatnonzero((table != table[:, :1]).any((0, 1))) if codes.shape[1] else np.arange(self.net.n_in)
+    moving, x = np.arange(self.net.n_in), np.zeros((self.net.n_in, P.shape[2]), T)
+    if codes.shape[1]: moving = np.flatnonzero((table != table[:, :1]).any((0, 1))); x[...] = table[:, 0].T
     _lanes(P, table, codes, targets, losses[part], logits[part], self.net, step, ren, due, fresh[part], *own,
-           np.ascontiguousarray(table[:, 0].T), moving, np.zeros((0, 1, 1), T), np.zeros((6, *P.shape[1:]), T), np.zeros((6, P.shape[2]), T))
+           x, moving, np.zeros((0, 1, 1), T), np.zeros((6, *P.shape[1:]), T), np.zeros((6, P.shape[2]), T))
     self.P[part, :, :H] = P.transpose(2, 0, 1)
     for v, new in zip(stats, own): v[part, :H] = new.T
