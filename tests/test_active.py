@@ -70,7 +70,7 @@ def test_weights_are_clipped_inside_the_step(act, spec):
     a, b = hold(lambda: job(specs[spec], [WeightClipping(.2)], act=act))
     limits = b.inside["weight_clipping"].limits
     assert all((b.nets.params[k].abs() <= v).all() for k, v in limits.items())
-    assert (b.nets.params["linear_0.weight"].abs() == limits["linear_0.weight"]).any()
+    assert (job(specs[spec]).nets.params["linear_0.weight"].abs() > limits["linear_0.weight"]).any()
 
 
 @pytest.mark.parametrize("sizes", [(), (5,), (6, 17, 33, 4)])
