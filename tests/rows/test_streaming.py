@@ -1,4 +1,4 @@
-"Rows A72 to A81 of the sources: streams of single examples, what learns on them, and what a study of them leaves behind."
+"Rows A72 to A82 of the sources: streams of single examples, what learns on them, and what a study of them leaves behind."
 import json
 import os
 from functools import cache
@@ -204,3 +204,18 @@ def test_A81_each_one_changes_the_trajectory(name):
     (_, plain), (_, other) = trained((*words, *base)), trained((*words, *REMEDIES[name]))
     assert plain.keys() == other.keys() and all(not torch.equal(plain[k], other[k]) for k in plain if k.endswith("weight"))
     assert all(v.isfinite().all() for v in other.values())
+
+
+def test_A82_what_is_measured_on_each_task_and_drawn(tmp_path):
+    "online accuracy, mean |w|, dead units behind the activation and effective rank of each layer, on 2000 images, once a task; and the four plots of backprop beside continual backprop, saved"
+    cfg = compose(["+experiment=permuted-mnist"]); assert cfg.metrics.probe_size == 2000 and cfg.intervention.arms == ["backprop", "continual_backprop"]
+    folder = run_study(compose([*SMALL, "stream.examples=300", "metrics.probe_size=null"], verify), tmp_path/"run"); run = load_run(folder); df = run.records
+    assert {"comparison.png", "comparison.csv"} <= {p.name for p in (folder/"figures").iterdir()}
+    task = PermutedPixels(load("digits", val=0.), normalize="unit", tasks=2, pool="all", examples=300, seeds=run.stream["seeds"])[1]; x, _ = task.train.fetch(ALL(task.train))
+    for arm, nets in run.replicas.items():
+        seen = nets(x, ["act_0", "act_1", "act_2"])[1]; at = lambda m: df[(df.run == arm) & (df.metric == m) & (df.task == 1)].sort_values(["layer", "replica"]).value.tolist()
+        dead = [((h[r].abs() <= 1e-7).double().mean(0) >= .95).double().mean().item() for h in seen.values() for r in range(2)]
+        w = [nets.params[f"linear_{i}.weight"][r].abs().mean().item() for i in range(3) for r in range(2)]
+        s = [torch.linalg.svdvals(h[r].double()) for h in seen.values() for r in range(2)]; p = [v/v.sum() for v in s]
+        for metric, by_hand in dict(dead_fraction=dead, weight_magnitude=w, effective_rank=[torch.special.entr(q).sum().exp().item() for q in p]).items(): assert at(metric) == pytest.approx(by_hand, rel=1e-4), metric
+        assert df[(df.run == arm) & (df.metric == "online_accuracy")].groupby("task").replica.nunique().tolist() == [2, 2]
