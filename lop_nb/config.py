@@ -191,6 +191,7 @@ class BitFlipsConfig:
     slow: int = 15                       # f: the first so many bits
     hidden: int = 100                    # threshold units of the target
     beta: float = .7                     # β of their thresholds
+    count: str = "half"                  # how these count the bias: half (our code base), whole (the paper's words), published (its code)
     flip: str = "one"                    # one: one slow bit flips; all: all slow bits are drawn anew
 
 @dataclass
@@ -461,7 +462,7 @@ def presets()->dict:
         "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all"), names=["weight_magnitude", "dead_fraction", "effective_rank"]),
         "permuted-mnist/nature": _permuted(dict(lr=1e-2), dict(tasks=800)),
         "bit-flipping": _bits(_of_the_grid(), tasks=500),
-        "bit-flipping/nature": _bits(dict(every=10, bin=20_000), tasks=300),
+        "bit-flipping/nature": _bits(dict(every=10, bin=20_000), tasks=300, count="published"),
         "streaming/clipping": _clipping(),
         "streaming/input_permuted": _upgd(1e-3, dict(tasks=200, examples=5000), 2., 1e-2, (1e-2, .1)),
         "streaming/input_permuted/adam": _upgd(1e-4, dict(tasks=200, examples=5000), 1., 1e-2, (1e-2, .1), dict(optimizer="adam")),

@@ -107,7 +107,7 @@ def _weigh(P, ix, xs, a, n, z):
 def _activate(net, z, h, g, n):
     one = z.dtype.type(1)
     if net.act == 0:
-        for j in range(len(z)): h[j] = z[j] if z[j] > 0 else 0; g[j] = 1 if z[j] > 0 else 0
+        for j in range(len(z)): h[j] = 0 if z[j] <= 0 else z[j]; g[j] = 0 if z[j] <= 0 else 1
     elif net.act == 1:
         for j in range(len(z)): h[j] = z[j] if z[j] > 0 else net.slope * z[j]; g[j] = one if z[j] > 0 else net.slope
     elif net.act == 6:
@@ -119,7 +119,8 @@ def _bend(net, z, h, g, n):
     one = z.dtype.type(1)
     for j in range(n):
         if net.act == 2: h[j] = math.tanh(z[j]); g[j] = one - h[j] * h[j]
-        elif net.act == 4: v = net.slope * math.expm1(min(z[j], one - one)); h[j] = z[j] if z[j] > 0 else v; g[j] = one if z[j] > 0 else v + net.slope
+        elif net.act == 4 and z[j] > 0: h[j] = z[j]; g[j] = one
+        elif net.act == 4: v = net.slope * math.expm1(z[j]); h[j] = v; g[j] = v + net.slope
         else:
             v = one / (one + math.exp(-z[j])); s = v * (one - v)
             h[j] = v if net.act == 3 else z[j] * v; g[j] = s if net.act == 3 else v + z[j] * s
@@ -511,12 +512,14 @@ def _keep(self:Shallow, n, birth, f, u):
 def _examples(self:Shallow, x, y):
     "Table [R, k, in]; codes [R, n], or none; labels or targets [R, k]; n"
     table, codes = x if isinstance(x, tuple) else (x, torch.zeros(len(x), 0, dtype=torch.int64))
-    table, codes, y = table.flatten(2).contiguous().numpy(), codes.contiguous().numpy(), y.contiguous().numpy()
-    labels, targets = (np.zeros((0, 0), np.int64), y) if self.job.loss == "squared" else (y, np.zeros((0, 0), self.type))
+    like, squared = self.params[0].dtype, self.job.loss == "squared"
+    table, codes, y = table.to(like).flatten(2).contiguous().numpy(), codes.long().contiguous().numpy(), y.to(like if squared else torch.int64).contiguous().numpy()
+    labels, targets = (np.zeros((0, 0), np.int64), y) if squared else (y, np.zeros((0, 0), self.type))
     return (table, codes, labels, targets), codes.shape[1] or table.shape[1]
 
 @patch
-def _copy(self:Shallow, memory, back=False):
+def _move(self:Shallow, memory, back=False):
+    "Fill the stacks, or write them back"
     for tensors, stack in zip([self.params, *memory], [self.P, *self.M.swapaxes(0, 1)]): _copy(self.net, tensors, stack, back)
 
 # %% ../nbs/api/26_kernels.ipynb #44f8c69b
@@ -527,11 +530,11 @@ def __call__(self:Shallow,
 ):     # losses [R, n], logits [R, n, K]
     "Train on a block of examples, in their order"
     data, n = self._examples(x, y); step, state = self._step(), self.job.optimizer.state
-    memory = _memory(self.job.optimizer, self.params); self._copy(memory)
+    memory = _memory(self.job.optimizer, self.params); self._move(memory)
     ages = _corrections(self.group, self.params, state, n, self.type) if step.kind == 1 else [np.zeros((0, 0), self.type)]*2
     losses, logits, renewal = np.empty((len(self.P), n), self.type), np.empty((len(self.P), n, self.net.out), self.type), self._renewal(n)
     self._share_out(data, losses, logits, step, ages, renewal)
-    self._copy(memory, back=True)
+    self._move(memory, back=True)
     for p in self.params if step.kind == 1 else (): state[p]["step"] += n
     if len(renewal[1]): self._keep(n, *renewal[3:])
     return torch.from_numpy(losses), torch.from_numpy(logits)
@@ -549,7 +552,7 @@ def _width(self:Shallow, step):
 def _share_out(self:Shallow, data, losses, logits, step, ages, renewal):
     "Train all replicas, in threads if there are several"
     L, R = self._width(step), len(self.P)
-    def after_another(first, last): _major(first, last, self.P, self.M, *data, losses, logits, self.net, step, *ages, *renewal, *self._memory(*data[:2]))
+    def after_another(first, last): _major(first, last, self.P, self.M, *data, losses, logits, self.net, step, *ages, *renewal, *self._scratch(*data[:2]))
     def side_by_side(first, last):
         for a in range(first * L, min(last * L, R), L): self._side_by_side(slice(a, a + L), data, losses, logits, step, renewal)
     if L: share_out(side_by_side, -(-R // L), self.job.threads)
@@ -557,9 +560,9 @@ def _share_out(self:Shallow, data, losses, logits, step, ages, renewal):
 
 # %% ../nbs/api/26_kernels.ipynb #d20e5586
 @patch
-def _memory(self:Shallow, table, codes):
+def _scratch(self:Shallow, table, codes):
     "Memory for `_major`: the lists of inputs that are not zero (of all rows, if these are few), nine rows, and the gradients"
-    (R, k, n_in), T = table.shape, self.type
+    k, n_in, T = *table.shape[1:], self.type
     kept = k if 0 < k <= codes.shape[1] else 1
     return np.zeros((kept, n_in + 1), np.int64), np.zeros((kept, n_in + 1), T), np.zeros(kept, np.int64), np.zeros((9, self.P.shape[2]), T), np.zeros(self.P.shape[1:], T)
 
@@ -568,8 +571,9 @@ def _side_by_side(self:Shallow, part, data, losses, logits, step, renewal):
     "Train a part of the replicas as lanes"
     H, (ren, due, fresh, *stats), (table, codes, _, targets), T = self.net.hidden, renewal, [d[part] for d in data], self.type
     P, own = np.ascontiguousarray(self.P[part, :, :H].transpose(1, 2, 0)), [np.ascontiguousarray(v[part, :H].T) for v in stats]
-    moving = np.flatnonzero((table != table[:, :1]).any((0, 1))) if codes.shape[1] else np.arange(self.net.n_in)
+    moving, x = np.arange(self.net.n_in), np.zeros((self.net.n_in, P.shape[2]), T)
+    if codes.shape[1]: moving = np.flatnonzero((table != table[:, :1]).any((0, 1))); x[...] = table[:, 0].T
     _lanes(P, table, codes, targets, losses[part], logits[part], self.net, step, ren, due, fresh[part], *own,
-           np.ascontiguousarray(table[:, 0].T), moving, np.zeros((0, 1, 1), T), np.zeros((6, *P.shape[1:]), T), np.zeros((6, P.shape[2]), T))
+           x, moving, np.zeros((0, 1, 1), T), np.zeros((6, *P.shape[1:]), T), np.zeros((6, P.shape[2]), T))
     self.P[part, :, :H] = P.transpose(2, 0, 1)
     for v, new in zip(stats, own): v[part, :H] = new.T

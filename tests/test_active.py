@@ -67,10 +67,10 @@ def test_the_kernel_takes_torchs_steps(act, spec): hold(lambda: job(specs[spec],
 @pytest.mark.parametrize("act, spec", [*[("relu", s) for s in specs], ("leaky_relu", "adam")])
 def test_weights_are_clipped_inside_the_step(act, spec):
     "Weights that no example touches too: the last input is always 0"
-    a, b = hold(lambda: job(specs[spec], [WeightClipping(.4)], act=act))
+    a, b = hold(lambda: job(specs[spec], [WeightClipping(.2)], act=act))
     limits = b.inside["weight_clipping"].limits
     assert all((b.nets.params[k].abs() <= v).all() for k, v in limits.items())
-    assert (b.nets.params["linear_0.weight"].abs() == limits["linear_0.weight"]).any()
+    assert (job(specs[spec]).nets.params["linear_0.weight"].abs() > limits["linear_0.weight"]).any()
 
 
 @pytest.mark.parametrize("sizes", [(), (5,), (6, 17, 33, 4)])

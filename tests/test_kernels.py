@@ -1,5 +1,4 @@
 "Kernels for streams of single examples, held to torch's way step by step; what they are given beforehand, to what the plain form draws."
-import os
 import subprocess
 import sys
 from functools import partial
@@ -112,7 +111,7 @@ def in_blocks(family, x, y, cuts):
 def largest(a, b): return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 U = "contribution", "zero_contribution", "adaptation", "adaptable_contribution"
-EACH = [*(dict(act=a) for a in ("relu", "leaky_relu", "tanh", "sigmoid", "elu", "none")), dict(sizes=()), dict(sizes=(), loss="cross_entropy", spec=Adam(lr=.01)),
+EACH = [*(dict(act=a) for a in ("relu", "leaky_relu", "tanh", "sigmoid", "elu", "swish", "none")), dict(sizes=()), dict(sizes=(), loss="cross_entropy", spec=Adam(lr=.01)),
         dict(sizes=(9,), loss="cross_entropy", act="tanh"), dict(spec=SGD(lr=.02, momentum=0., weight_decay=.1)), dict(spec=SGD(lr=.02, momentum=0., weight_decay=.1), sizes=()),
         dict(spec=Adam(lr=.01, betas=[.8, .95])), dict(spec=Adam(lr=.01, weight_decay=.1), act="elu"), dict(spec=AdamW(lr=.01, weight_decay=.1), loss="cross_entropy", act="sigmoid"),
         *(dict(utility=u) for u in U), *(dict(utility=u, loss="cross_entropy", act="tanh") for u in U), dict(utility="contribution", hand="zero"),
@@ -211,6 +210,25 @@ def test_float32_stays_close(kw):
     want, got = torch_steps(torchs, x, y), Shallow(ours)(x, y)
     assert got[0].dtype == torch.float32 and (want[0] - got[0]).abs().max() < 1e-4
     assert all((p - ours.nets.params[k]).abs().max() < 1e-4 for k, p in torchs.nets.params.items())
+
+
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "tanh", "elu", "swish"])
+def test_what_is_not_a_number_is_not_hidden(act):
+    "A bias that is none makes every loss none, as with torch"
+    x, y = stream(range(2), 9)
+    for lanes in 0, 2:
+        torchs, ours = made(act=act), made(act=act)
+        for job in (torchs, ours): job.nets.params["linear_0.bias"].data[1, 2] = torch.nan
+        want, got = torch_steps(torchs, x, y)[0], Shallow(ours, lanes)(x, y)[0]
+        assert got[1].isnan().all() and torch.equal(want.isnan(), got.isnan())
+
+
+def test_codes_and_targets_of_other_types():
+    "Bytes for codes, float32 tables for networks of float64"
+    g = torch.Generator().manual_seed(0); table, y = torch.randn(2, 8, 12, generator=g), torch.randn(2, 8, generator=g); codes = torch.randint(8, (2, 90), generator=g)
+    a, b = made(), made()
+    Shallow(a)((table.double(), codes), y.double()); Shallow(b)((table, codes.byte()), y)
+    assert all(torch.equal(p, b.nets.params[k]) for k, p in a.nets.params.items())
 
 
 def test_pictures_of_any_shape_and_views_of_other_memory():
