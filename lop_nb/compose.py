@@ -88,6 +88,7 @@ def _said_over(overrides):
 
 # %% ../nbs/api/03_compose.ipynb #e869fec3
 companions = {"stream=bit_flips": dict(dataset="bits"), "dataset=bits": dict(stream="bit_flips"),
+              **{f"stream.{k}": dict(dataset="bits", stream="bit_flips") for k in ("bits", "slow", "hidden", "beta", "flip")},
               "training=continual": dict(stream="class_split", optimizer="adam", intervention="backprop"),
               "training=standard": dict(stream="all_classes", optimizer="adam", intervention="backprop"),
               "stream.classes_per_task": dict(stream="class_split"), "stream.partitions": dict(stream="class_split")}
