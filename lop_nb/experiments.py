@@ -67,7 +67,7 @@ def make_replicas(cfg, shape, num_classes, device="cpu"):
     return Replicas(lambda: make_network(cfg, shape, num_classes), seeds(cfg), device=device)
 
 # %% ../nbs/api/41_experiments.ipynb #5db6469e
-def make_monitor(m): return Monitor(**{k: v for k, v in settings(m).items() if k != "other_tasks"})
+def make_monitor(m): return Monitor(**{k: v for k, v in settings(m).items() if k not in ("other_tasks", "bin")})
 
 def verify(
     cfg # a composed config
@@ -116,7 +116,7 @@ def make_callbacks(cfg, arm):
     "What measures and intervenes"
     other, patience = cfg.metrics.other_tasks, cfg.training.early_stopping
     looks = [make_monitor(cfg.metrics)] + ([OtherTasks(other)] if other != "none" else [])
-    return [Online(), Evaluate(), *looks, *make_interventions(cfg, arm)] + ([EarlyStopping(patience)] if patience else [])
+    return [Online(cfg.metrics.bin), Evaluate(), *looks, *make_interventions(cfg, arm)] + ([EarlyStopping(patience)] if patience else [])
 
 # %% ../nbs/api/41_experiments.ipynb #3852d083
 def keepers(cfg, arm, folder):
