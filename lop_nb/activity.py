@@ -7,8 +7,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/activity.html.md"""
 # %% auto #0
 __all__ = ['checked', 'result_type', 'double', 'largest', 'answer', 'unit_rows', 'often', 'dead_fraction', 'dormant_scores',
            'dormant_fraction', 'slopes', 'frozen_fraction', 'saturated_fraction', 'gradient_shares',
-           'saturated_gradient_fraction', 'zero_gradient_fraction', 'weight_norm', 'distance', 'unit_moments',
-           'activation_statistics', 'histogram']
+           'saturated_gradient_fraction', 'zero_gradient_fraction', 'weight_norm', 'weight_magnitude', 'distance',
+           'unit_moments', 'activation_statistics', 'histogram']
 
 # %% ../nbs/api/17_activity.ipynb #c9d07f6f
 import math, torch
@@ -192,6 +192,14 @@ def weight_norm(
     "Root of the sum of the squared weights"
     if not 1 <= dims <= w.ndim: raise LopError(f"Weights of shape {list(w.shape)} have no {dims} last axes: dims is 1 to {w.ndim}.")
     return torch.linalg.vector_norm(w, dim=tuple(range(-dims, 0)), dtype=result_type(w))
+
+# %% ../nbs/api/17_activity.ipynb #52af06e4
+def weight_magnitude(
+    w:torch.Tensor, # Weights, as for `weight_norm`
+    dims:int=2      # How many of the last axes belong to one layer
+)->torch.Tensor:    # [...]
+    "Mean absolute weight"
+    return torch.linalg.vector_norm(w, 1, dim=tuple(range(-dims, 0)), dtype=result_type(w)) / w[(0,)*(w.ndim - dims)].numel()
 
 # %% ../nbs/api/17_activity.ipynb #30f661fc
 def distance(

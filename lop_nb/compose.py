@@ -43,7 +43,7 @@ aliases = {"use_wandb": "logging.wandb", "logging.use_wandb": "logging.wandb", "
            "model.m": "stream.bits", "model.f": "stream.slow", "model.hidden_size_target": "stream.hidden", "model.beta": "stream.beta", "training.T": "stream.examples",
            "training.rho": "intervention.continual_backprop.replacement_rate", "training.maturity_threshold": "intervention.continual_backprop.maturity_threshold",
            "training.cbp_decay_rate": "intervention.continual_backprop.decay", "optimizer.step_size": "optimizer.lr",
-           "metrics.fixed_batch_size": "metrics.probe_size", "metrics.log_histograms": "metrics.histograms"}
+           "metrics.fixed_batch_size": "metrics.probe_size", "training.bin_size": "metrics.bin", "metrics.log_histograms": "metrics.histograms"}
 
 def rename(
     override:str # `key=value`
@@ -198,7 +198,7 @@ ranges = dict(
     logging=dict(checkpoint_seconds="[0, ∞)", snapshot_tasks="[1, ∞)"))
 
 choices = dict(
-    model=dict(init=["torch", "kaiming"]), stream=dict(pool=["train", "all"], flip=["one", "all"]),
+    model=dict(init=["torch", "kaiming"]), stream=dict(pool=["train", "all"], flip=["one", "all"], count=["half", "whole", "published"]),
     dataset=dict(normalize=["standardize", "symmetric", "unit", "raw255"]), passage=dict(how=["none", "inputs", "labels", "sampling"]),
     optimizer=dict(implementation=["foreach", "fused"], noise_per=["entry", "tensor"]),
     training=dict(engine=["auto", "torch", "vmap", "compile", "numba"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),

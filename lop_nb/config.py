@@ -191,6 +191,7 @@ class BitFlipsConfig:
     slow: int = 15                       # f: the first so many bits
     hidden: int = 100                    # threshold units of the target
     beta: float = .7                     # β of their thresholds
+    count: str = "half"                  # how these count the bias: half (our code base), whole (the paper's words), published (its code)
     flip: str = "one"                    # one: one slow bit flips; all: all slow bits are drawn anew
 
 @dataclass
@@ -417,10 +418,10 @@ def _online(**kw): return _choose(training="streaming", **dict(model="mlp", data
 
 def _plain(*sizes, **kw): return dict(hidden_sizes=[*sizes], normalization="none", dropout_p=0.) | kw
 
-def _permuted(optimizer, stream):
+def _permuted(optimizer, stream, **metrics):
     return _online() | dict(
         model=_plain(2000, 2000, 2000, init="kaiming"), dataset=dict(normalize="unit", val=0.), stream=dict(examples=60_000) | stream,
-        optimizer=optimizer, metrics=dict(probe_size=2000), intervention=_and_cbp())
+        optimizer=optimizer, metrics=dict(probe_size=2000) | metrics, intervention=_and_cbp())
 
 def _and_cbp(): return dict(arms=["backprop", "continual_backprop"], continual_backprop=dict(utility="adaptable_contribution"))
 
@@ -450,7 +451,7 @@ def _bits(metrics, **stream):
 
 def _of_the_grid(): # what its analysis measures, and its thresholds
     return dict(names=["dead_fraction", "duplicate_fraction", "effective_rank", "stable_rank", "saturated_gradient_fraction", "non_gaussianity", "weight_norm"],
-                duplicate_threshold=.98, gradient_ratio=.05, saturated_threshold=.8)
+                bin=1000, duplicate_threshold=.98, gradient_ratio=.05, saturated_threshold=.8)
 
 # %% ../nbs/api/02_config.ipynb #d4e13d63
 def presets()->dict:
@@ -458,10 +459,10 @@ def presets()->dict:
     pairs = dict(stream="class_split", optimizer="adam", training="continual", intervention="backprop")
     return {
         "tickets/lop": _lop(),
-        "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all")),
+        "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all"), names=["weight_magnitude", "dead_fraction", "effective_rank"]),
         "permuted-mnist/nature": _permuted(dict(lr=1e-2), dict(tasks=800)),
         "bit-flipping": _bits(_of_the_grid(), tasks=500),
-        "bit-flipping/nature": _bits(dict(every=10), tasks=300),
+        "bit-flipping/nature": _bits(dict(every=10, bin=20_000), tasks=300, count="published"),
         "streaming/clipping": _clipping(),
         "streaming/input_permuted": _upgd(1e-3, dict(tasks=200, examples=5000), 2., 1e-2, (1e-2, .1)),
         "streaming/input_permuted/adam": _upgd(1e-4, dict(tasks=200, examples=5000), 1., 1e-2, (1e-2, .1), dict(optimizer="adam")),

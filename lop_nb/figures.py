@@ -7,9 +7,10 @@ Docs: https://lop-nb.github.io/lop_nb/api/figures.html.md"""
 # %% auto #0
 __all__ = ['settings', 'known', 'accuracy_matrix', 'forgetting', 'retention', 'task_transitions', 'learning_curves', 'measured',
            'metrics_history', 'bars', 'layer_metrics', 'layer_metrics_over_time', 'activations', 'plasticity',
-           'rank_and_dead', 'by_layer', 'with_settings', 'need', 'compare', 'normalizations', 'optimizers', 'bit_flips',
-           'widths', 'cloning', 'noise_sweep', 'ticket_overlap', 'correlations', 'smooth', 'smoothed_accuracy',
-           'ticket_accuracy', 'tickets_along', 'parameter_overlap', 'draw', 'describe_figures', 'save_more']
+           'rank_and_dead', 'by_layer', 'binned_error', 'comparison', 'with_settings', 'need', 'compare',
+           'normalizations', 'optimizers', 'bit_flips', 'widths', 'cloning', 'noise_sweep', 'ticket_overlap',
+           'correlations', 'smooth', 'smoothed_accuracy', 'ticket_accuracy', 'tickets_along', 'parameter_overlap',
+           'draw', 'describe_figures', 'save_more']
 
 # %% ../nbs/api/40_figures.ipynb #34503cd2
 from pathlib import Path
@@ -214,6 +215,26 @@ def by_layer(
     explain(panels[0]); fig.numbers = t
     return fig
 
+# %% ../nbs/api/40_figures.ipynb #d46b910f
+def binned_error(
+    df, metric="binned_loss", # or binned_accuracy
+    per=None                  # examples for each point, a multiple of the bin; None: each bin is one
+)->Picture:
+    "Online loss in bins of examples, a line a run"
+    rows = pick(df, metric)
+    if per: rows = rows.assign(examples=-(-rows.examples // per) * per).groupby(["run", "seed", "examples"], sort=False).value.mean().reset_index()
+    t = interval(rows, ("run", "examples")); fig, (ax,) = blank(1, width=3.6)
+    lines(ax, t, "examples"); dress(ax, metric, "", "examples"); explain(ax)
+    ax.set_ylabel(metric.replace("_", " "), fontsize=8); fig.numbers = t
+    return fig
+
+# %% ../nbs/api/40_figures.ipynb #4ec61bb4
+def comparison(
+    df # records with these four
+)->Picture:
+    "Online accuracy, mean weight magnitude, dead units and effective rank, task by task"
+    return _ends(df, [m for m in ("online_accuracy", "weight_magnitude", "dead_fraction", "effective_rank") if len(pick(df, m))], "task")
+
 # %% ../nbs/api/40_figures.ipynb #00a6c035
 settings = dict(normalization="model.normalization", dropout_p="model.dropout_p", optimizer="optimizer.name", lr="optimizer.lr",
                 noise_scale="optimizer.noise_scale", noise_decay="optimizer.noise_decay", width="model.hidden_sizes", density="ticket.density") # {column: where a config has it}
@@ -382,7 +403,7 @@ def parameter_overlap(
     return fig
 
 # %% ../nbs/api/40_figures.ipynb #06dd2097
-known = {f.__name__: f for f in (accuracy_matrix, forgetting, task_transitions, learning_curves, metrics_history, layer_metrics, layer_metrics_over_time, activations, plasticity, rank_and_dead,
+known = {f.__name__: f for f in (accuracy_matrix, forgetting, task_transitions, learning_curves, metrics_history, layer_metrics, layer_metrics_over_time, activations, plasticity, rank_and_dead, binned_error, comparison,
     by_layer, normalizations, optimizers, bit_flips, widths, cloning, noise_sweep, ticket_overlap, smoothed_accuracy, ticket_accuracy, tickets_along, parameter_overlap)}
 
 # %% ../nbs/api/40_figures.ipynb #d0f41e03
@@ -405,5 +426,6 @@ def save_more(
 )->list:   # the paths
     "Write the figures of what was recorded on request: other tasks, histograms"
     has = lambda start: bool(df.metric.str.startswith(start).any())
-    names = ["accuracy_matrix", "forgetting"]*has("other_accuracy") + ["activations"]*has("act_means_hist")
+    names = ["accuracy_matrix", "forgetting"]*has("other_accuracy") + ["activations"]*has("act_means_hist") + ["binned_error"]*has("binned_loss")
+    if {"online_accuracy", "weight_magnitude", "dead_fraction", "effective_rank"} <= set(df.metric): names.append("comparison")
     return [draw(df, n).save(Path(folder)/f"{n}.png") for n in names]

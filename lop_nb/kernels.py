@@ -26,12 +26,13 @@ except ImportError: numba = None
 def compiled(
     f=None,        # a function of NumPy arrays and numbers
     fastmath=False,# may sums be reordered?
-    inline=False   # is it a piece, written out wherever another compiled function calls it?
+    inline=False,  # is it a piece, written out wherever another compiled function calls it?
+    bare=False     # does it make no arrays, so that none need be counted?
 ):
     "`f` as machine code, from its first call on; it lets other threads run meanwhile, and 1/0 is infinite"
-    if f is None: return lambda f: compiled(f, fastmath, inline)
+    if f is None: return lambda f: compiled(f, fastmath, inline, bare)
     if numba is None: return f
-    how = dict(nogil=True, error_model="numpy", fastmath=fastmath, inline="always" if inline else "never")
+    how = dict(nogil=True, error_model="numpy", fastmath=fastmath, inline="always" if inline else "never", _nrt=not bare)
     try: return numba.njit(cache=not inline, **how)(f)
     except RuntimeError: return numba.njit(**how)(f)    # no folder to keep it in
 
@@ -96,7 +97,7 @@ def _present(x, k, ix, xs, a):
 @compiled(inline=True)
 def _weigh(P, ix, xs, a, n, z):
     "z = b + Wx"
-    z[:] = 0
+    for j in range(len(z)): z[j] = 0
     for q in range(n):
         i, v = ix[a, q], xs[a, q]
         for j in range(len(z)): z[j] += v * P[i, j]
@@ -106,7 +107,7 @@ def _weigh(P, ix, xs, a, n, z):
 def _activate(net, z, h, g, n):
     one = z.dtype.type(1)
     if net.act == 0:
-        for j in range(len(z)): h[j] = z[j] if z[j] > 0 else 0; g[j] = 1 if z[j] > 0 else 0
+        for j in range(len(z)): h[j] = 0 if z[j] <= 0 else z[j]; g[j] = 0 if z[j] <= 0 else 1
     elif net.act == 1:
         for j in range(len(z)): h[j] = z[j] if z[j] > 0 else net.slope * z[j]; g[j] = one if z[j] > 0 else net.slope
     elif net.act == 6:
@@ -118,7 +119,8 @@ def _bend(net, z, h, g, n):
     one = z.dtype.type(1)
     for j in range(n):
         if net.act == 2: h[j] = math.tanh(z[j]); g[j] = one - h[j] * h[j]
-        elif net.act == 4: v = net.slope * math.expm1(min(z[j], one - one)); h[j] = z[j] if z[j] > 0 else v; g[j] = one if z[j] > 0 else v + net.slope
+        elif net.act == 4 and z[j] > 0: h[j] = z[j]; g[j] = one
+        elif net.act == 4: v = net.slope * math.expm1(z[j]); h[j] = v; g[j] = v + net.slope
         else:
             v = one / (one + math.exp(-z[j])); s = v * (one - v)
             h[j] = v if net.act == 3 else z[j] * v; g[j] = s if net.act == 3 else v + z[j] * s
@@ -135,7 +137,8 @@ def _answer(P, net, h, o):
 @compiled(inline=True)
 def _surprise(net, o, label, d):
     "The cross-entropy −log softmax(o)_y, and d"
-    top, total = o[:net.out].max(), o.dtype.type(0)
+    top, total = o[0], o.dtype.type(0)
+    for k in range(net.out): top = max(top, o[k])
     for k in range(net.out): d[k] = math.exp(o[k] - top); total += d[k]
     for k in range(net.out): d[k] /= total
     d[label] -= 1
@@ -144,7 +147,7 @@ def _surprise(net, o, label, d):
 @compiled(inline=True)
 def _back(P, net, d, g, delta):
     "δ = Vᵀd ⊙ f′(z)"
-    delta[:] = 0
+    for j in range(len(g)): delta[j] = 0
     for k in range(net.out):
         r = net.n_in + 1 + k
         for j in range(len(g)): delta[j] += d[k] * P[r, j]
@@ -172,7 +175,8 @@ def _descend(P, net, step, ix, xs, a, n, delta, h, d):
 @compiled(inline=True)
 def _gradient(G, net, ix, xs, a, n, delta, h, d):
     "All gradients, shaped as P; rows of zero inputs are zero"
-    G[:] = 0
+    for r in range(len(G)):
+        for j in range(G.shape[1]): G[r, j] = 0
     for q in range(n):
         i, v = ix[a, q], xs[a, q]
         for j in range(len(delta)): G[i, j] = v * delta[j]
@@ -242,7 +246,7 @@ def _fill(filled, birth, t, ren):
 @compiled(inline=True)
 def _weight_sums(P, first, last, w):
     "Mean |weight| of each unit over rows"
-    w[:] = 0
+    for j in range(len(w)): w[j] = 0
     for r in range(first, last):
         for j in range(len(w)): w[j] += abs(P[r, j])
     total = w.dtype.type(last - first)
@@ -253,7 +257,8 @@ def _weight_sums(P, first, last, w):
 def _judge(P, net, ren, f, u, h, filled, w, y):
     "Let f and u follow"
     for j in range(len(f)): f[j] += (h[j] - f[j]) * ren.gain
-    if ren.utility == 2: y[:] = 1
+    if ren.utility == 2:
+        for j in range(len(f)): y[j] = 1
     else: _weight_sums(P, net.n_in + 1, net.n_in + 1 + net.out, y)
     if ren.utility == 0:
         for j in range(len(f)): y[j] *= abs(h[j])
@@ -297,13 +302,11 @@ def _renew(P, M, net, ren, t, due, fresh, used, birth, f, u, filled):
     return used
 
 # %% ../nbs/api/26_kernels.ipynb #2702eb9b
-@compiled
-def _major(first, last, P, M, table, codes, labels, targets, losses, logits, net, step, sizes, roots, ren, due, fresh, birth, f, u):
+@compiled(bare=True)
+def _major(first, last, P, M, table, codes, labels, targets, losses, logits, net, step, sizes, roots, ren, due, fresh, birth, f, u, ix, xs, many, B, G):
     "Train replicas `first` up to `last` on all examples, one replica after the other"
-    n, width, rows = losses.shape[1], P.shape[2], table.shape[1]
-    kept, coded, renews, everywhere = rows if 0 < codes.shape[1] >= rows else 1, codes.shape[1] > 0, len(due) > 0, step.kind > 0 or step.keep != 1
-    ix, xs, many = np.zeros((kept, net.n_in + 1), np.int64), np.zeros((kept, net.n_in + 1), P.dtype), np.zeros(kept, np.int64)
-    B = np.zeros((9, width), P.dtype); z, h, g, o, d, delta, w, y, filled = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8]; G = np.zeros(P.shape[1:], P.dtype)
+    n, rows, kept, coded, renews, everywhere = losses.shape[1], table.shape[1], len(ix), codes.shape[1] > 0, len(due) > 0, step.kind > 0 or step.keep != 1
+    z, h, g, o, d, delta, w, y, filled = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8]
     for r in range(first, last):
         p, m, x, used, until = P[r], M[r], table[r], 0, -1
         for k in range(rows if kept > 1 else 0): many[k] = _present(x, k, ix, xs, k)
@@ -313,12 +316,14 @@ def _major(first, last, P, M, table, codes, labels, targets, losses, logits, net
             if kept == 1: many[0] = _present(x, k, ix, xs, 0)
             _weigh(p, ix, xs, a, many[a], z)
             if net.hidden: _activate(net, z, h, g, net.hidden); _answer(p, net, h, o)
-            else: o[:] = z
+            else:
+                for q in range(net.out): o[q] = z[q]
             for q in range(net.out): logits[r, t, q] = o[q]
             if len(labels): losses[r, t] = _surprise(net, o, labels[r, k], d)
             else: e = o[0] - targets[r, k]; losses[r, t] = e * e; d[0] = e + e
             if net.hidden: _back(p, net, d, g, delta)
-            else: delta[:] = d
+            else:
+                for q in range(net.out): delta[q] = d[q]
             if step.kind: _gradient(G, net, ix, xs, a, many[a], delta, h, d); _adapt(p, m, G, net, step, sizes, roots, t)
             else: _descend(p, net, step, ix, xs, a, many[a], delta, h, d)
             if step.clip_in: _clip(p, net, step, ix, a, many[a], everywhere or t == 0)
@@ -328,18 +333,6 @@ def _major(first, last, P, M, table, codes, labels, targets, losses, logits, net
                 if due[t]: used = _renew(p, m, net, ren, t, due[t], fresh[r], used, birth[r], f[r], u[r], filled); until = t + ren.full
 
 # %% ../nbs/api/26_kernels.ipynb #157eae69
-@compiled(inline=True)
-def _changing(table, x):
-    "Write each lane's first input; which inputs are not the same in all rows of the table"
-    L, rows, n_in = table.shape; moving, many = np.zeros(n_in, np.int64), 0
-    for i in range(n_in):
-        moving[many] = i; still = True
-        for l in range(L):
-            x[i, l] = table[l, 0, i]
-            for k in range(1, rows): still = still and table[l, k, i] == table[l, 0, i]
-        many += not still
-    return moving[:many]
-
 @compiled(inline=True)
 def _weigh_lanes(P, x, z):
     n_in, L = x.shape
@@ -351,7 +344,8 @@ def _weigh_lanes(P, x, z):
 # %% ../nbs/api/26_kernels.ipynb #321f13d0
 @compiled(inline=True)
 def _answer_lanes(P, net, h, s, o):
-    s[:] = 0
+    for q in range(4):
+        for l in range(h.shape[1]): s[q, l] = 0
     for j in range(len(h)):
         for l in range(h.shape[1]): s[j & 3, l] += P[net.n_in + 1, j, l] * h[j, l]
     for l in range(h.shape[1]): o[l] = P[net.n_in + 2, 0, l] + ((s[0, l] + s[1, l]) + (s[2, l] + s[3, l]))
@@ -370,15 +364,15 @@ def _descend_lanes(P, net, step, x, h, g, d):
         for l in range(L): P[n_in, j, l] -= g[j, l]; V[j, l] -= d[l] * h[j, l]
 
 # %% ../nbs/api/26_kernels.ipynb #9b05ced6
-@compiled
-def _lanes(P, table, codes, targets, losses, logits, net, step, ren, due, fresh, birth, f, u):
+@compiled(bare=True)
+def _lanes(P, table, codes, targets, losses, logits, net, step, ren, due, fresh, birth, f, u, x, moving, no_memory, B, S):
     "Train the lanes of P [rows, H, L] on all examples"
     (rows, H, L), n, used, until = P.shape, losses.shape[1], 0, -1
-    x, s, no_memory, none = np.zeros((net.n_in, L), P.dtype), np.zeros((4, L), P.dtype), np.zeros((0, 1, 1), P.dtype), np.zeros((0, 0), np.int64)
-    B = np.zeros((6, H, L), P.dtype); z, h, g, w, y, filled = B[0], B[1], B[2], B[3], B[4], B[5]; o, d = np.zeros(L, P.dtype), np.zeros(L, P.dtype)
-    flat, moving = P.reshape(rows, H * L), _changing(table, x)
+    z, h, g, w, y, filled, s, o, d = B[0], B[1], B[2], B[3], B[4], B[5], S[:4], S[4], S[5]
+    flat = P.reshape((rows, H * L))
     for t in range(n):
-        for i in moving:
+        for q in range(len(moving)):
+            i = moving[q]
             for l in range(L): x[i, l] = table[l, codes[l, t] if codes.shape[1] else t, i]
         _weigh_lanes(P, x, z)
         _activate(net, z.reshape(H * L), h.reshape(H * L), g.reshape(H * L), H * L)
@@ -387,7 +381,7 @@ def _lanes(P, table, codes, targets, losses, logits, net, step, ren, due, fresh,
             e = o[l] - targets[l, codes[l, t] if codes.shape[1] else t]
             logits[l, t, 0] = o[l]; losses[l, t] = e * e; d[l] = e + e
         _descend_lanes(P, net, step, x, h, g, d)
-        if step.clip_in: _clip(flat, net, step, none, 0, 0, True)
+        if step.clip_in: _clip(flat, net, step, codes, 0, 0, True)
         if len(due):
             if ren.utility & 1 and t <= until or t == 0: until = _fill(filled.reshape(H * L), birth.reshape(H * L), t, ren)
             _judge(flat, net, ren, f.reshape(H * L), u.reshape(H * L), h.reshape(H * L), filled.reshape(H * L), w.reshape(H * L), y.reshape(H * L))
@@ -518,12 +512,14 @@ def _keep(self:Shallow, n, birth, f, u):
 def _examples(self:Shallow, x, y):
     "Table [R, k, in]; codes [R, n], or none; labels or targets [R, k]; n"
     table, codes = x if isinstance(x, tuple) else (x, torch.zeros(len(x), 0, dtype=torch.int64))
-    table, codes, y = table.flatten(2).contiguous().numpy(), codes.contiguous().numpy(), y.contiguous().numpy()
-    labels, targets = (np.zeros((0, 0), np.int64), y) if self.job.loss == "squared" else (y, np.zeros((0, 0), self.type))
+    like, squared = self.params[0].dtype, self.job.loss == "squared"
+    table, codes, y = table.to(like).flatten(2).contiguous().numpy(), codes.long().contiguous().numpy(), y.to(like if squared else torch.int64).contiguous().numpy()
+    labels, targets = (np.zeros((0, 0), np.int64), y) if squared else (y, np.zeros((0, 0), self.type))
     return (table, codes, labels, targets), codes.shape[1] or table.shape[1]
 
 @patch
-def _copy(self:Shallow, memory, back=False):
+def _move(self:Shallow, memory, back=False):
+    "Fill the stacks, or write them back"
     for tensors, stack in zip([self.params, *memory], [self.P, *self.M.swapaxes(0, 1)]): _copy(self.net, tensors, stack, back)
 
 # %% ../nbs/api/26_kernels.ipynb #44f8c69b
@@ -534,11 +530,11 @@ def __call__(self:Shallow,
 ):     # losses [R, n], logits [R, n, K]
     "Train on a block of examples, in their order"
     data, n = self._examples(x, y); step, state = self._step(), self.job.optimizer.state
-    memory = _memory(self.job.optimizer, self.params); self._copy(memory)
+    memory = _memory(self.job.optimizer, self.params); self._move(memory)
     ages = _corrections(self.group, self.params, state, n, self.type) if step.kind == 1 else [np.zeros((0, 0), self.type)]*2
     losses, logits, renewal = np.empty((len(self.P), n), self.type), np.empty((len(self.P), n, self.net.out), self.type), self._renewal(n)
     self._share_out(data, losses, logits, step, ages, renewal)
-    self._copy(memory, back=True)
+    self._move(memory, back=True)
     for p in self.params if step.kind == 1 else (): state[p]["step"] += n
     if len(renewal[1]): self._keep(n, *renewal[3:])
     return torch.from_numpy(losses), torch.from_numpy(logits)
@@ -550,13 +546,13 @@ def _width(self:Shallow, step):
     if not self.net.hidden or step.kind or self.job.loss != "squared": return 0
     if self.lanes is not None: return self.lanes
     L = min(128, -(-len(self.P) // max(1, self.job.threads)))
-    return L if L >= 16 and self.net.hidden <= 24 else 0
+    return L if L >= max(16, 2 * self.net.hidden) and self.net.hidden <= 16 else 0
 
 @patch
 def _share_out(self:Shallow, data, losses, logits, step, ages, renewal):
     "Train all replicas, in threads if there are several"
     L, R = self._width(step), len(self.P)
-    def after_another(first, last): _major(first, last, self.P, self.M, *data, losses, logits, self.net, step, *ages, *renewal)
+    def after_another(first, last): _major(first, last, self.P, self.M, *data, losses, logits, self.net, step, *ages, *renewal, *self._scratch(*data[:2]))
     def side_by_side(first, last):
         for a in range(first * L, min(last * L, R), L): self._side_by_side(slice(a, a + L), data, losses, logits, step, renewal)
     if L: share_out(side_by_side, -(-R // L), self.job.threads)
@@ -564,10 +560,20 @@ def _share_out(self:Shallow, data, losses, logits, step, ages, renewal):
 
 # %% ../nbs/api/26_kernels.ipynb #d20e5586
 @patch
+def _scratch(self:Shallow, table, codes):
+    "Memory for `_major`: the lists of inputs that are not zero (of all rows, if these are few), nine rows, and the gradients"
+    k, n_in, T = *table.shape[1:], self.type
+    kept = k if 0 < k <= codes.shape[1] else 1
+    return np.zeros((kept, n_in + 1), np.int64), np.zeros((kept, n_in + 1), T), np.zeros(kept, np.int64), np.zeros((9, self.P.shape[2]), T), np.zeros(self.P.shape[1:], T)
+
+@patch
 def _side_by_side(self:Shallow, part, data, losses, logits, step, renewal):
     "Train a part of the replicas as lanes"
-    H, (ren, due, fresh, *stats), (table, codes, _, targets) = self.net.hidden, renewal, data
+    H, (ren, due, fresh, *stats), (table, codes, _, targets), T = self.net.hidden, renewal, [d[part] for d in data], self.type
     P, own = np.ascontiguousarray(self.P[part, :, :H].transpose(1, 2, 0)), [np.ascontiguousarray(v[part, :H].T) for v in stats]
-    _lanes(P, table[part], codes[part], targets[part], losses[part], logits[part], self.net, step, ren, due, fresh[part], *own)
+    moving, x = np.arange(self.net.n_in), np.zeros((self.net.n_in, P.shape[2]), T)
+    if codes.shape[1]: moving = np.flatnonzero((table != table[:, :1]).any((0, 1))); x[...] = table[:, 0].T
+    _lanes(P, table, codes, targets, losses[part], logits[part], self.net, step, ren, due, fresh[part], *own,
+           x, moving, np.zeros((0, 1, 1), T), np.zeros((6, *P.shape[1:]), T), np.zeros((6, P.shape[2]), T))
     self.P[part, :, :H] = P.transpose(2, 0, 1)
     for v, new in zip(stats, own): v[part, :H] = new.T

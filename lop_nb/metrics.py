@@ -8,17 +8,17 @@ Docs: https://lop-nb.github.io/lop_nb/api/metrics.html.md"""
 __all__ = ['known', 'measure', 'measure_layers', 'activation_statistics', 'answer', 'checked', 'dead_fraction', 'distance',
            'dormant_fraction', 'dormant_scores', 'double', 'frozen_fraction', 'gradient_shares', 'histogram',
            'result_type', 'saturated_fraction', 'saturated_gradient_fraction', 'slopes', 'unit_moments', 'unit_rows',
-           'weight_norm', 'zero_gradient_fraction', 'centre', 'duplicate_fraction', 'means', 'random_layers',
-           'similarity', 'non_gaussianity', 'non_gaussianity_scores', 'task_curvature', 'top_eigenvalues', 'trace',
-           'example_gradients', 'gradient_alignment', 'gradient_norm', 'local_redundancy', 'readiness',
-           'task_readiness', 'zero_gradient_share', 'effective_rank', 'energy_rank', 'gram', 'numerical_rank', 'outer',
-           'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
+           'weight_magnitude', 'weight_norm', 'zero_gradient_fraction', 'centre', 'duplicate_fraction', 'means',
+           'random_layers', 'similarity', 'non_gaussianity', 'non_gaussianity_scores', 'task_curvature',
+           'top_eigenvalues', 'trace', 'example_gradients', 'gradient_alignment', 'gradient_norm', 'local_redundancy',
+           'readiness', 'task_readiness', 'zero_gradient_share', 'effective_rank', 'energy_rank', 'gram',
+           'numerical_rank', 'outer', 'participation_ratio', 'rankme', 'scaled', 'spectrum', 'srank', 'stable_rank']
 
 # %% ../nbs/api/23_metrics.ipynb #c1090f3c
 import torch
 from functools import cached_property
 from .activity import (activation_statistics, answer, checked, dead_fraction, distance, dormant_fraction, dormant_scores, double, frozen_fraction, gradient_shares,
-    histogram, largest, result_type, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_norm, zero_gradient_fraction)
+    histogram, largest, result_type, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_magnitude, weight_norm, zero_gradient_fraction)
 from .config import MetricsConfig
 from .copies import centre, duplicate_fraction, means, random_layers, similarity
 from .curvature import task_curvature, top_eigenvalues, trace
@@ -29,7 +29,7 @@ from .runtime import LopError, one_of
 
 # %% ../nbs/api/23_metrics.ipynb #fabe82db
 _all_ = ["activation_statistics", "answer", "checked", "dead_fraction", "distance", "dormant_fraction", "dormant_scores", "double", "frozen_fraction", "gradient_shares",
-    "histogram", "result_type", "saturated_fraction", "saturated_gradient_fraction", "slopes", "unit_moments", "unit_rows", "weight_norm", "zero_gradient_fraction",
+    "histogram", "result_type", "saturated_fraction", "saturated_gradient_fraction", "slopes", "unit_moments", "unit_rows", "weight_magnitude", "weight_norm", "zero_gradient_fraction",
     "centre", "duplicate_fraction", "means", "random_layers", "similarity", "non_gaussianity", "non_gaussianity_scores",
     "task_curvature", "top_eigenvalues", "trace", "example_gradients", "gradient_alignment", "gradient_norm", "local_redundancy", "readiness", "task_readiness", "zero_gradient_share",
     "effective_rank", "energy_rank", "gram", "numerical_rank", "outer", "participation_ratio", "rankme", "scaled", "spectrum", "srank", "stable_rank"]
@@ -110,6 +110,7 @@ _formulas |= dict(
 # %% ../nbs/api/23_metrics.ipynb #a088eb75
 _formulas |= dict(
     weight_norm=("weights", lambda o: weight_norm(o.weights)),
+    weight_magnitude=("weights", lambda o: weight_magnitude(o.weights)),
     update_norm=("weights before", lambda o: distance(o.weights, o.before)),
     distance_from_init=("weights initial", lambda o: distance(o.weights, o.initial)))
 

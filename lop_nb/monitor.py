@@ -72,7 +72,7 @@ def select(
     chosen = set(modules) if not filters else set()
     for f in filters:
         found = known.get(f, [n for n in modules if f in n])
-        if not found: raise LopError(f"metrics.layers: no module's name has '{f}' in it. There are: default, block_outputs, {', '.join(modules)}.")
+        if not found and f not in known: raise LopError(f"metrics.layers: no module's name has '{f}' in it. There are: default, block_outputs, {', '.join(modules)}.")
         chosen |= set(found)
     return [n for n in modules if n in chosen]
 
@@ -189,7 +189,8 @@ def measure(self:Monitor, learner,
 ):
     "Record every measure of every layer now; a layer that lacks what a measure needs goes without it"
     nets = learner.replicas; names = {g.site: g.name for g in nets.graph.groups}
-    h, more = self.ingredients(nets, learner.task, select(nets.modules[0], self.layers))
+    if not (places := select(nets.modules[0], self.layers)): return       # a linear learner has no hidden unit
+    h, more = self.ingredients(nets, learner.task, places)
     values = metrics.measure_layers(h, self.names, **more, settings=self.settings)
     if self.histograms: values = {place: v | spread(h[place], self.settings.histogram_edges) for place, v in values.items()}
     learner.log_all({(self.split, names.get(place, place), name + label): v for place, own in values.items() for name, v in own.items()})

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from lop_nb.activity import (activation_statistics, dead_fraction, distance, dormant_fraction, dormant_scores, frozen_fraction, gradient_shares, histogram,
-                             often, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_norm, zero_gradient_fraction)
+                             often, saturated_fraction, saturated_gradient_fraction, slopes, unit_moments, unit_rows, weight_magnitude, weight_norm, zero_gradient_fraction)
 from lop_nb.runtime import LopError
 from measuring import EPS, close, dtypes, normal
 
@@ -114,6 +114,12 @@ def test_histogram():
     with pytest.raises(LopError, match="Did you mean 'means'"): histogram(h, edges, "mean")
     for bad in ([1.], torch.ones(2, 2)):
         with pytest.raises(LopError, match="two edges"): histogram(h, bad)
+
+def test_weight_magnitude():
+    w = torch.randn(3, 4, 5, 2, 2, generator=torch.Generator().manual_seed(0))
+    close(weight_magnitude(w, dims=4), [np.abs(v.double().numpy()).mean() for v in w], 1e-6)
+    assert weight_magnitude(torch.full((300, 300), 1., dtype=torch.float16)) == 1 and weight_magnitude(torch.full((3,), torch.inf), dims=1) == torch.inf
+
 
 def test_weight_norm():
     w = normal(3, 8, 4, 5, 5)

@@ -1,16 +1,20 @@
 "Kernels for streams of single examples, held to torch's way step by step; what they are given beforehand, to what the plain form draws."
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stepping import torch_steps
 
-from lop_nb.config import SGD, Adam, AdamW
+from lop_nb.config import SGD, Adam, AdamW, RMSprop
 from lop_nb.interventions import ContinualBackprop, Schedule
-from lop_nb.kernels import Job, Shallow
+from lop_nb.kernels import Cannot, Job, Shallow
 from lop_nb.models import MLP
-from lop_nb.optimizers import make_optimizer
+from lop_nb.optimizers import forget, make_optimizer
 from lop_nb.replicas import Replicas
 
 plain, PLAIN = partial(MLP, normalization="none", dropout_p=0.), SGD(lr=.05, momentum=0.)
@@ -107,7 +111,7 @@ def in_blocks(family, x, y, cuts):
 def largest(a, b): return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 U = "contribution", "zero_contribution", "adaptation", "adaptable_contribution"
-EACH = [*(dict(act=a) for a in ("relu", "leaky_relu", "tanh", "sigmoid", "elu", "none")), dict(sizes=()), dict(sizes=(), loss="cross_entropy", spec=Adam(lr=.01)),
+EACH = [*(dict(act=a) for a in ("relu", "leaky_relu", "tanh", "sigmoid", "elu", "swish", "none")), dict(sizes=()), dict(sizes=(), loss="cross_entropy", spec=Adam(lr=.01)),
         dict(sizes=(9,), loss="cross_entropy", act="tanh"), dict(spec=SGD(lr=.02, momentum=0., weight_decay=.1)), dict(spec=SGD(lr=.02, momentum=0., weight_decay=.1), sizes=()),
         dict(spec=Adam(lr=.01, betas=[.8, .95])), dict(spec=Adam(lr=.01, weight_decay=.1), act="elu"), dict(spec=AdamW(lr=.01, weight_decay=.1), loss="cross_entropy", act="sigmoid"),
         *(dict(utility=u) for u in U), *(dict(utility=u, loss="cross_entropy", act="tanh") for u in U), dict(utility="contribution", hand="zero"),
@@ -131,3 +135,151 @@ def test_shallow_is_torch_step_by_step(kw):
     lanes = made(**kw)
     both = in_blocks(Shallow(lanes, 2), x, y, (33,))
     assert all(torch.equal(u, v) for u, v in zip(got, both)) and all(torch.equal(v, b[k]) for k, v in everything(lanes).items())
+
+
+def streamed(seeds, kw, cuts=(), n=300, threads=1, lanes=None, dtype=torch.float32):
+    job = made(seeds=seeds, dtype=dtype, threads=threads, **kw)
+    family = Shallow(job, lanes)
+    out = in_blocks(family, *stream(seeds, n, kw.get("loss", "squared"), dtype), cuts)
+    return job, out
+
+
+@pytest.mark.parametrize("kw", [dict(utility="contribution"), dict(utility="adaptable_contribution", act="tanh", spec=SGD(lr=.02, momentum=0., weight_decay=.1)),
+                                dict(loss="cross_entropy", utility="zero_contribution", spec=Adam(lr=.01))], ids=["sgd", "decay", "adam"])
+def test_no_bit_depends_on_replicas_threads_blocks_or_layout(kw):
+    "Of 256 replicas, some alone; in three threads; in blocks of any size; as lanes, or one after the other, or as is chosen"
+    job, out = streamed(range(256), kw)
+    for how in dict(threads=3), dict(cuts=(1, 2, 150)), dict(lanes=0), dict(lanes=100), dict(lanes=8, threads=2, cuts=(77,)):
+        other, again = streamed(range(256), kw, **how)
+        assert all(torch.equal(a, b) for a, b in zip(out, again)), how
+        a, b = everything(job), everything(other)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), how
+    for r in 0, 101, 255:
+        alone, mine = streamed([r], kw)
+        assert all(torch.equal(a[r], b[0]) for a, b in zip(out, mine))
+        assert all(torch.equal(p[r], alone.nets.params[k][0]) for k, p in job.nets.params.items())
+        assert all(torch.equal(v[r], alone.inside["continual_backprop"].stats["act_0"][k][0]) for k, v in job.inside["continual_backprop"].stats["act_0"].items())
+
+
+def test_which_layout_is_chosen():
+    chosen = lambda R, H, threads=1, **kw: (f := Shallow(made(sizes=(H,) if H else (), seeds=range(R), threads=threads, dtype=torch.float32, **kw)))._width(f._step())
+    assert [chosen(256, 5), chosen(256, 5, 4), chosen(20, 5), chosen(15, 5), chosen(20, 16), chosen(64, 16), chosen(256, 17)] == [128, 64, 20, 0, 0, 64, 0]
+    assert [chosen(99, 0), chosen(99, 5, spec=Adam()), chosen(99, 5, loss="cross_entropy"), chosen(99, 5, utility="adaptation")] == [0, 0, 0, 99]
+
+
+@pytest.mark.parametrize("k", [1, 16, 500])
+@pytest.mark.parametrize("lanes", [0, 3])
+def test_examples_by_number_are_the_examples(lanes, k):
+    "Also if the table is longer than the block, or has one row"
+    seeds = range(3)
+    table, _ = stream(seeds, k); y = torch.randn(3, k, dtype=torch.float64); table[..., :5] = table[:, :1, :5]
+    codes = torch.randint(k, (3, 200))
+    plain_, coded = made(seeds=seeds), made(seeds=seeds)
+    x = table.gather(1, codes[..., None].expand(-1, -1, 12))
+    want, got = Shallow(plain_, lanes)(x, y.gather(1, codes)), Shallow(coded, lanes)((table, codes), y)
+    assert all(torch.equal(a, b) for a, b in zip(want, got)) and all(torch.equal(p, coded.nets.params[n]) for n, p in plain_.nets.params.items())
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(spec=Adam(lr=.01)), dict(spec=Adam(lr=.01), utility="contribution"), dict(spec=SGD(lr=.02, momentum=0., weight_decay=.1), utility="zero_contribution")],
+                         ids=["sgd", "adam", "aged", "decay"])
+def test_torch_goes_on_where_the_kernel_stopped_and_back(kw):
+    x, y = stream(range(2), 400)
+    torchs, mixed = made(**kw), made(**kw)
+    torch_steps(torchs, x, y)
+    family = Shallow(mixed)
+    for a, way in zip((0, 100, 200, 300), (family, partial(torch_steps, mixed), family, partial(torch_steps, mixed))): way(x[:, a:a + 100], y[:, a:a + 100])
+    a, b = everything(torchs), everything(mixed)
+    assert a.keys() == b.keys() and largest(a, b) <= 1e-12
+
+
+def test_a_forgotten_head_and_a_changed_step_are_respected():
+    "Each parameter's own step count; the optimizer's settings as they are now"
+    x, y = stream(range(2), 300, "cross_entropy"); kw = dict(loss="cross_entropy", spec=Adam(lr=.01))
+    jobs = [made(**kw) for _ in range(2)]; ways = [partial(torch_steps, jobs[0]), Shallow(jobs[1])]
+    for job, way in zip(jobs, ways):
+        way(x[:, :150], y[:, :150]); forget(job.optimizer, job.nets.params, ["out.weight", "out.bias"]); job.optimizer.param_groups[0]["lr"] = .002
+        way(x[:, 150:], y[:, 150:])
+    a, b = map(everything, jobs)
+    assert a["out.weight, step"] == 150 and a["linear_0.weight, step"] == 300 and largest(a, b) <= 1e-12
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(spec=Adam(lr=.01), loss="cross_entropy"), dict(utility="contribution")], ids=["sgd", "adam", "renewal"])
+def test_float32_stays_close(kw):
+    x, y = stream(range(2), 500, kw.get("loss", "squared"), torch.float32)
+    torchs, ours = made(dtype=torch.float32, **kw), made(dtype=torch.float32, **kw)
+    want, got = torch_steps(torchs, x, y), Shallow(ours)(x, y)
+    assert got[0].dtype == torch.float32 and (want[0] - got[0]).abs().max() < 1e-4
+    assert all((p - ours.nets.params[k]).abs().max() < 1e-4 for k, p in torchs.nets.params.items())
+
+
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "tanh", "elu", "swish"])
+def test_what_is_not_a_number_is_not_hidden(act):
+    "A bias that is none makes every loss none, as with torch"
+    x, y = stream(range(2), 9)
+    for lanes in 0, 2:
+        torchs, ours = made(act=act), made(act=act)
+        for job in (torchs, ours): job.nets.params["linear_0.bias"].data[1, 2] = torch.nan
+        want, got = torch_steps(torchs, x, y)[0], Shallow(ours, lanes)(x, y)[0]
+        assert got[1].isnan().all() and torch.equal(want.isnan(), got.isnan())
+
+
+def test_codes_and_targets_of_other_types():
+    "Bytes for codes, float32 tables for networks of float64"
+    g = torch.Generator().manual_seed(0); table, y = torch.randn(2, 8, 12, generator=g), torch.randn(2, 8, generator=g); codes = torch.randint(8, (2, 90), generator=g)
+    a, b = made(), made()
+    Shallow(a)((table.double(), codes), y.double()); Shallow(b)((table, codes.byte()), y)
+    assert all(torch.equal(p, b.nets.params[k]) for k, p in a.nets.params.items())
+
+
+def test_pictures_of_any_shape_and_views_of_other_memory():
+    x, y = stream(range(2), 100)
+    a, b = made(), made()
+    Shallow(a)(x, y)
+    Shallow(b)(x.repeat_interleave(2, 1)[:, ::2].view(2, 100, 1, 3, 4), y.t().contiguous().t())
+    assert all(torch.equal(p, b.nets.params[k]) for k, p in a.nets.params.items())
+
+
+@pytest.mark.parametrize("kw, why", [
+    (dict(sizes=(5, 5)), "2 hidden layers"), (dict(spec=SGD()), "momentum=0.9"), (dict(spec=RMSprop()), "RMSprop"), (dict(dtype=torch.float16), "float16"),
+    (dict(utility="contribution", clip=1.), "both"), (dict(act="gelu"), "GELU")])
+def test_what_it_cannot_do_it_says(kw, why):
+    with pytest.raises(Cannot, match=why): Shallow(made(**kw))
+
+
+def test_what_a_job_asks_beyond():
+    job = made(); job.batch_size = 4
+    with pytest.raises(Cannot, match="4 examples"): Shallow(job)
+    job = made(); job.inside["noise"] = None
+    with pytest.raises(Cannot, match="noise"): Shallow(job)
+    nets = Replicas(lambda: plain(12, 3, hidden_sizes=[5]), [0])
+    with pytest.raises(Cannot, match="3 outputs"): Shallow(Job(nets, PLAIN, make_optimizer(PLAIN, nets.params), "squared"))
+
+
+def test_without_numba_it_says_so(monkeypatch):
+    from lop_nb import kernels
+    monkeypatch.setattr(kernels, "numba", None)
+    with pytest.raises(Cannot, match="numba is not installed"): Shallow(made())
+    assert kernels.compiled(len) is len
+
+
+def test_where_nothing_may_be_kept_a_kernel_is_compiled_all_the_same():
+    "No folder to write to: neither beside the package nor in the home"
+    code = """if 1:
+        import numba.core.caching as c
+        for kind in c.CacheImpl._locator_classes: kind.from_function = classmethod(lambda *a: None)
+        from lop_nb.interventions import Schedule
+        print(*Schedule(5, .5, 0).coming(4))"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    asked = Schedule(5, .5, 0)
+    assert out.stdout.split() == [str(asked.due()) for _ in range(4)], out.stderr
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 40), st.integers(0, 3), st.lists(st.integers(0, 60), max_size=4), st.sampled_from(["relu", "tanh", "leaky_relu"]), st.integers(0, 4), st.integers(0, 99))
+def test_any_sizes_and_cuts(R, H, u, cuts, act, lanes, seed):
+    "Against torch's way, in blocks of any size, none of them too"
+    kw = dict(sizes=(H,) if H else (), act=act, utility=U[u], seeds=range(seed, seed + R))
+    x, y = stream(range(seed, seed + R), 60)
+    torchs, ours = made(**kw), made(**kw)
+    want, got = torch_steps(torchs, x, y), in_blocks(Shallow(ours, lanes), x, y, sorted(cuts))
+    assert (want[0] - got[0]).abs().max() <= 1e-12 and largest(everything(torchs), everything(ours)) <= 1e-12

@@ -30,7 +30,7 @@ def plain(name, s, h, grads, slope, weights, before, initial):
         effective_rank=lambda: ranks.effective_rank(h), effective_rank_centred=lambda: ranks.effective_rank(h, True), effective_rank_covariance=lambda: ranks.effective_rank(h, True, squared=True),
         stable_rank=lambda: ranks.stable_rank(h), stable_rank_centred=lambda: ranks.stable_rank(h, True), srank=lambda: ranks.srank(h, s.missing_mass), energy_rank=lambda: ranks.energy_rank(h, s.missing_mass),
         participation_ratio=lambda: ranks.participation_ratio(h), numerical_rank=lambda: ranks.numerical_rank(h), rankme=lambda: ranks.rankme(h),
-        non_gaussianity=lambda: normality.non_gaussianity(h, s.normality, s.normality_rows), weight_norm=lambda: activity.weight_norm(weights),
+        non_gaussianity=lambda: normality.non_gaussianity(h, s.normality, s.normality_rows), weight_norm=lambda: activity.weight_norm(weights), weight_magnitude=lambda: activity.weight_magnitude(weights),
         update_norm=lambda: activity.distance(weights, before), distance_from_init=lambda: activity.distance(weights, initial))[name]()
 
 NAMES = [n for n in known if not n.endswith(("means", "stds"))]
@@ -41,7 +41,7 @@ SHAPES = [(3, 60, 20), (2, 30, 45), (40, 40), (1, 8), (8, 1)]
 def test_the_names():
     assert set(known) == {"dead_fraction", "dormant_fraction", "saturated_fraction", "frozen_fraction", "saturated_gradient_fraction", "zero_gradient_fraction", "duplicate_fraction", "duplicate_groups",
         "effective_rank", "effective_rank_centred", "effective_rank_covariance", "stable_rank", "stable_rank_centred", "srank", "energy_rank", "participation_ratio", "numerical_rank", "rankme", "non_gaussianity",
-        "mean_of_means", "std_of_means", "mean_of_stds", "std_of_stds", "weight_norm", "update_norm", "distance_from_init"}
+        "mean_of_means", "std_of_means", "mean_of_stds", "std_of_stds", "weight_norm", "weight_magnitude", "update_norm", "distance_from_init"}
     assert set(MetricsConfig().names) <= set(known)
 
 @pytest.mark.parametrize("dtype, eps", [(torch.float64, 1e-9), (torch.float32, 1e-6)])
@@ -110,7 +110,7 @@ def test_layers():
     parts = {k: {n: own[k] for n, own in layers.items()} for k in ("h", "grads", "slope", "weights", "before", "initial")}
     del parts["weights"]["d"], parts["slope"]["c"], parts["before"]["a"]
     found = measure_layers(parts.pop("h"), known, **parts)
-    lacks = dict(a={"update_norm"}, b=set(), c={"frozen_fraction", "saturated_fraction"}, d={"weight_norm", "update_norm", "distance_from_init"})
+    lacks = dict(a={"update_norm"}, b=set(), c={"frozen_fraction", "saturated_fraction"}, d={"weight_norm", "weight_magnitude", "update_norm", "distance_from_init"})
     for n, own in layers.items():
         assert list(found[n]) == [k for k in known if k not in lacks[n]]
         alone = measure(names=known, **own)

@@ -176,3 +176,12 @@ def test_presets_of_layers():
 
 def test_a_probe_of_numbers_takes_the_first_rows():
     assert balanced(torch.rand(2, 9), 4, torch.ones(2, 9, dtype=bool)).tolist() == [[0, 1, 2, 3]]*2
+
+def test_the_probe_is_chosen_anew_where_labels_or_rows_that_count_change():
+    "and else not; the choice is always `balanced`'s"
+    monitor, y = Monitor(probe_size=6), torch.arange(12).remainder(3).expand(2, -1); valid = torch.ones_like(y, dtype=torch.bool)
+    first = monitor.choice(y, valid)
+    assert monitor.choice(y.clone(), valid.clone()) is first
+    for other in ((y.flip(1), valid), (y, valid & (torch.arange(12) > 3)), (y.float(), valid), (y[:1], valid[:1]), (y, valid)):
+        got = monitor.choice(*other)
+        assert got is not first and torch.equal(got, balanced(other[0], 6, other[1]))

@@ -107,11 +107,11 @@ def test_full_bins(n, size, cuts, seed):
 
 
 def test_bins_from_the_command_line(tmp_path):
-    "and no figure is made of each bin at a task's end"
+    "and there is one figure of bins, none of those at the tasks' ends"
     cfg = compose(["metrics.bin=500", "intervention=backprop", "stream.tasks=2", "training.epochs=1", "training.replicas=1", "logging.progress=false", "metrics.names=[dead_fraction]"])
     run = load_run(run_study(cfg, tmp_path/"run"))
     assert run.records.query("metric == 'binned_accuracy'").examples.tolist() == [500, 1000, 1500, 2000, 2500]
-    assert not list((tmp_path/"run"/"figures").glob("binned_*")) and (tmp_path/"run"/"figures"/"overview.png").exists()
+    assert {p.name for p in (tmp_path/"run"/"figures").glob("binned_*")} == {"binned_error.png", "binned_error.csv"}
 
 
 def test_A78_a_dead_learner_is_reported_dead():
@@ -127,3 +127,15 @@ def test_A78_a_dead_learner_is_reported_dead():
     x = stream.seeded([0, 1])[1].train.fetch(torch.arange(128).expand(2, -1))[0]
     before = torch.einsum("rni,roi->rno", x.flatten(2), learner.replicas.params["linear_0.weight"]) + learner.replicas.params["linear_0.bias"][:, None]
     assert (before[1].abs() > 1e-7).all() and before[1].std(0).min() > 0      # what source A looks at
+
+
+def test_A82_comparison_plots(tmp_path):
+    "Per task: online accuracy, mean |w|, dead units and effective rank, backprop against continual backprop; saved with their numbers"
+    cfg = compose(["intervention.arms=[backprop,continual_backprop]", "metrics.names=[weight_magnitude,dead_fraction,effective_rank]", "metrics.bin=500", "stream.tasks=2", "training.epochs=1",
+                   "training.replicas=2", "logging.progress=false"])
+    folder = run_study(cfg, tmp_path/"run"); run = load_run(folder)
+    numbers = pd.read_csv(folder/"figures"/"comparison.csv")
+    assert (folder/"figures"/"comparison.png").stat().st_size > 5000 and (folder/"figures"/"binned_error.png").exists()
+    assert set(numbers.metric) == {"online_accuracy", "weight_magnitude", "dead_fraction", "effective_rank"} and set(numbers.run) == {"backprop", "continual_backprop"} and set(numbers.task) == {0, 1}
+    w = run.replicas["backprop"].params; want = [torch.stack([w[f"linear_{l}.weight"][r].abs().mean() for l in range(3)]).mean().item() for r in range(2)]
+    assert numbers.query("run == 'backprop' and metric == 'weight_magnitude' and task == 1")["mean"].item() == pytest.approx(sum(want) / 2, rel=1e-5)

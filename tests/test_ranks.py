@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 
-from lop_nb.ranks import effective_rank, energy_rank, gram, numerical_rank, participation_ratio, rankme, scaled, spectrum, srank, stable_rank
+from lop_nb.ranks import effective_rank, energy_rank, gram, numerical_rank, outer, participation_ratio, rankme, scaled, spectrum, srank, stable_rank
 from lop_nb.copies import centre
 from lop_nb.runtime import LopError
 from measuring import EPS, close, dtypes
@@ -104,6 +104,17 @@ def test_gram_and_scaled():
         close(x*h.abs().amax((1, 2), keepdim=True).double(), h, 1e-12)
         close(spectrum(h, g=gram(x)), spectrum(h), 1e-13); close(spectrum(h, True, gram(centre(x))), spectrum(h, True), 1e-13)
     assert (scaled(torch.zeros(3, 4)) == 0).all() and (scaled(torch.tensor([[math.inf, 1.]])) == 0).all()
+
+@dtypes
+def test_products_and_eigenvalues_are_the_same_with_and_without_autograd(dtype):
+    "across the sizes where a processor changes its way: torch's own for tensors that autograd follows, NumPy's else; one of a batch as alone, bit for bit"
+    for k, n in ((3, 7), (128, 40), (129, 300), (300, 200)):
+        a = torch.randn(2, k, n, generator=torch.Generator().manual_seed(k), dtype=dtype); g = outer(a); followed = a.clone().requires_grad_()
+        assert g.dtype == dtype and torch.equal(g, g.mT) and torch.equal(g[1], outer(a[1])) and torch.equal(outer(a.mT.contiguous().mT)[0], outer(a[0].T.contiguous().T))
+        close(g, outer(followed).detach(), 10*EPS[dtype]); assert torch.equal(spectrum(a)[1], spectrum(a[1]))
+        loose = max(k, n)*torch.finfo(torch.float64).eps*max(k, n)                     # of the squares
+        s, own = spectrum(a), spectrum(a.double(), g=gram(scaled(followed.double()))).detach()
+        close((s**2/s[:, :1]**2), own**2/own[:, :1]**2, loose)
 
 
 # ---- bad input ----

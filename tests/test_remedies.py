@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lop_nb.checkpoints import Checkpoint, load_checkpoint
 from lop_nb.compose import compose
-from lop_nb.config import SGD
+from lop_nb.config import SGD, Adam
 from lop_nb.data import load
 from lop_nb.experiments import intervention_kinds, load_run, make_interventions, run_study, verify
 from lop_nb.learner import Callback, Evaluate, Learner, Online, evaluate
@@ -259,3 +259,17 @@ def test_alone_as_among_others_and_however_blocks_are_cut(arm, tmp_path, whole, 
 def test_as_an_arm(arm):
     cfg = compose([f"intervention.arms=[{arm}]"], verify)
     assert [type(c) for c in make_interventions(cfg, arm)] == [type(intervention_kinds[k]()) for k in arm.split("+")]
+
+
+@pytest.mark.parametrize("callbacks", [lambda: [OnlineNormalization(3.)], lambda: [WeightClipping(.7), OnlineNormalization()], lambda: [ShrinkAndPerturb(.6, .01, "task")]], ids=["online_norm", "clipping+online_norm", "each_task"])
+def test_a_kernel_does_the_same(callbacks):
+    "what needs not see each step leaves the steps to compiled code; records too"
+    pytest.importorskip("numba")
+    runs = {}
+    for engine in "torch", "numba":
+        runs[engine] = Learner(Replicas(MAKE["mlp"], [3, 4], dtype=torch.float64), Doubles(PermutedPixels(load("digits", examples_per_class=20), tasks=2)), SGD(lr=.01, momentum=0.), epochs=1,
+                               batch_size=1, engine=engine, callbacks=[Online(50), *callbacks()], defaults=()).fit()
+        assert runs[engine].engine.name == engine
+    for k, p in all_of(runs["torch"]).items(): assert (all_of(runs["numba"])[k] - p).abs().max() <= 1e-10, k
+    a, b = (runs[e].records for e in runs)
+    pd.testing.assert_frame_equal(a.drop(columns="value"), b.drop(columns="value")); assert (a.value - b.value).abs().max() < 1e-9 and len(a) > 12

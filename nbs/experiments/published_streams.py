@@ -12,14 +12,14 @@ from lop_nb.compose import compose
 from lop_nb.experiments import run_study
 from lop_nb.records import read_records
 
-_bits = ["+experiment=bit-flipping/nature", "stream.tasks=100", "training.replicas=100", "metrics.bin=10000"]
+_bits = ["+experiment=bit-flipping/nature", "stream.tasks=100", "training.replicas=100", "training.seed=1000"]
 _clip = ["+experiment=streaming/clipping", "logging.snapshot_tasks=100"]
 _mnist = ["+experiment=permuted-mnist/nature", "training.replicas=1", "metrics.bin=null"]
 _narrow = [*_mnist, "model.hidden_sizes=[100,100,100]", "stream.tasks=148", "training.replicas=3"]
 _rate = "intervention.continual_backprop.replacement_rate"
 
 runs = {
-    "bit_flipping": {f"{net}_{arm}": [*_bits, *words, f"intervention.arms=[{arm}]"] for arm in ("backprop", "continual_backprop")
+    "bit_flipping": {f"{net}_{flip}_{arm}": [*_bits, *words, f"stream.flip={flip}", f"intervention.arms=[{arm}]"] for flip in ("all", "one") for arm in ("backprop", "continual_backprop")
                      for net, words in dict(relu=[], tanh=["model.activation=tanh"], linear=["model.hidden_sizes=[]"]).items() if (net, arm) != ("linear", "continual_backprop")},
     "clipping": {arm: [*_clip, f"intervention.arms=[{arm}]"] for arm in ("backprop", "weight_clipping")},
     "online_mnist": {
@@ -32,8 +32,10 @@ metrics = dict(bit_flipping=["binned_loss", "dead_fraction", "effective_rank", "
                online_mnist=["online_accuracy", "dead_fraction", "effective_rank", "weight_norm"])
 
 # Online squared error, bins of 20,000 examples, means of 100 runs, read from a figure (Dohare et al., 2024): {run: {after so many examples: value, or lowest and highest}}.
-# Read to .02: the line of the linear learner, which does not change, was read as .87 to .91. Nearer than .02 plus two standard errors of the difference counts as the same.
-bit_flipping = dict(relu={20e3: .62, 100e3: .83, 200e3: 1., 500e3: 1.27, 1e6: (1.19, 1.29)}, tanh={20e3: .43, 100e3: .61, 500e3: .87, 1e6: .89}, linear={20e3: (.87, .91), 1e6: (.87, .91)})
+# The figure is made by the code's default, which draws all slow bits anew (flip=all) and counts the biases its own way (count=published). A first set of our runs, with one bit flipped at a time
+# and half biases, was looked at before that was found out by reading their code; these have other seeds. Read to .02: the line of the linear learner, which does not change, was read as .87 to .91. Nearer than .02 plus two standard errors of the difference counts as the same.
+bit_flipping = dict(relu_all_backprop={20e3: .62, 100e3: .83, 200e3: 1., 500e3: 1.27, 1e6: (1.19, 1.29)}, tanh_all_backprop={20e3: .43, 100e3: .61, 500e3: .87, 1e6: .89},
+                    linear_all_backprop={20e3: (.87, .91), 1e6: (.87, .91)})
 digitised = .02
 
 # Online accuracy in per cent, means of 30 runs, from the published logs (Elsayed et al., 2024): {run: {(first task, last): value}}. Within .3 points counts as the same.
