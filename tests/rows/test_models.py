@@ -55,14 +55,14 @@ def test_A17_vit(size, tokens, norm):
         assert seen[0].mean(2).abs().max() > .01   # it is not layer norm
 
 
-@pytest.mark.parametrize("name", ["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "elu", "selu", "none"])
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "elu", "selu", "swish", "none"])
 @pytest.mark.parametrize("make", [lambda a: MLP(4, 2, [3], activation=a), lambda a: CNN(1, 4, 2, [3], activation=a), lambda a: ResNet(1, 4, 2, [1], 3, activation=a), lambda a: ViT(1, 4, 2, 2, 4, 1, 2, activation=a)], ids=["mlp", "cnn", "resnet", "vit"])
 def test_A18_activations(make, name):
-    "Each of the eight can be chosen in each network, and a word that is none of them is answered with the eight"
+    "Each of the eight, and swish, can be chosen in each network, and a word that is none of them is answered with all"
     made = type(activations[name]())
     assert any(isinstance(m, made) for m in make(name).modules())
     if name == "leaky_relu": assert activations[name]().negative_slope == .1
-    with pytest.raises(LopError, match="Choices: relu, leaky_relu, tanh, sigmoid, gelu, elu, selu, none"): make("swish")
+    with pytest.raises(LopError, match="Choices: relu, leaky_relu, tanh, sigmoid, gelu, elu, selu, swish, none"): make("swash")
 
 
 @pytest.mark.parametrize("norm, affine", list(product(NORMS, BOOL)), ids=str)
