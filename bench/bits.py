@@ -79,7 +79,7 @@ def row(R, units, cbp, quick=False):
             "ours, two threads": Way("also", lambda: kernel(blocks, weights, sizes, cbp, coded=True, threads=2)),
             "ours, written out": Way("also", lambda: kernel(blocks, weights, sizes, cbp)),
             "ours, torch": Way("also", lambda: stacked(blocks, weights, sizes, cbp, 20 if quick else 100)),
-            "ours, whole run": Way("also", lambda: whole(R, sizes, cbp, 2 if quick else max(2, 100 // R), 100 if quick else 10_000), same=False),
+            "ours, whole run": Way("also", lambda: whole(R, sizes, cbp, 2 if quick else max(6, 100 // R), 100 if quick else 10_000), same=False),
             "JAX": Way("peer", lambda: peer(blocks, weights, cbp, 4 if R == 1 else 1))}
     if R == 1: ways.pop("ours, two threads")
     if R > 16: ways.pop("ours, torch")

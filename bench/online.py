@@ -109,7 +109,7 @@ def row(name, what, s, n, goals, pace, quick):
     ways = {"plain learn()": Way("plain", lambda: plain(s, x, y, pace)),
             "ours": Way("ours", lambda: kernel(s, x, y, n)),
             "ours, torch": Way("also", lambda: stacked(s, x, y, pace)),
-            "ours, whole run": Way("also", lambda: whole(s, 2*n), same=False),
+            "ours, whole run": Way("also", lambda: whole(s, n if quick else 128 if s.count > 10**6 else 20_480), same=False),
             "JAX": Way("peer", lambda: peer(s, x, y, n))}
     return Row(name, what, ways, goals, partial(bound, s, x[:, :min(64, n)]))
 

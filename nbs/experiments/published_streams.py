@@ -28,7 +28,7 @@ runs = {
         **{f"wide_{lr}": [*_mnist, f"optimizer.lr={lr}", "stream.tasks=50", "intervention.arms=[backprop]"] for lr in (.003, .01)},
         **{f"wide_0.003_cbp_{rate}": [*_mnist, "optimizer.lr=0.003", "stream.tasks=50", "intervention.arms=[continual_backprop]", f"{_rate}={rate}"] for rate in (1e-4, 1e-5)}}}
 
-metrics = dict(bit_flipping=["binned_loss", "dead_fraction", "effective_rank", "weight_norm"], clipping=["online_accuracy", "online_loss", "weight_norm"],
+metrics = dict(bit_flipping=["online_loss", "dead_fraction"], clipping=["online_accuracy", "online_loss", "weight_norm"],
                online_mnist=["online_accuracy", "dead_fraction", "effective_rank", "weight_norm"])
 
 # Online squared error, bins of 20,000 examples, means of 100 runs, read from a figure (Dohare et al., 2024): {run: {after so many examples: value, or lowest and highest}}.
