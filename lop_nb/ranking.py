@@ -179,7 +179,7 @@ directions = dict(
     duplicate_fraction=-1, duplicate_groups=-1,                                                                                      # copies
     effective_rank=1, effective_rank_centred=1, effective_rank_covariance=1, stable_rank=1, stable_rank_centred=1, srank=1,          # room in the representation
     energy_rank=1, participation_ratio=1, numerical_rank=1, rankme=1, gradient_rank=1, kernel_rank=1, kernel_energy_rank=1,          # in gradients, in the kernel
-    non_gaussianity=-1, weight_norm=-1, distance_from_init=-1,                                                                       # far from how networks begin
+    non_gaussianity=-1, weight_norm=-1, weight_magnitude=-1, distance_from_init=-1,                                                  # far from how networks begin
     gradient_norm=1, strength=1, reliability=1, readiness=1, local_redundancy=1,                                                     # a slope to go down
     top_eigenvalue=-1, hessian_trace=-1, curved_share=1,                                                                             # sharp is bad; flat in most directions is bad
     mean_of_means=0, std_of_means=0, mean_of_stds=0, std_of_stds=0, loss=0,
