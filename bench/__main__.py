@@ -53,7 +53,8 @@ def write(path, machine, done):
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     mine = {r["name"]: r | dict(machine=machine) for r in done}
     kept = {r["name"]: r for r in old} | mine
-    path.write_text(json.dumps(dict(version=1, rows=list(kept.values())), indent=1) + "\n")
+    order = [k for k in rows(False) if k in kept] + [k for k in kept if k not in rows(False)]
+    path.write_text(json.dumps(dict(version=1, rows=[kept[k] for k in order]), indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

@@ -8,7 +8,7 @@ A row's figure is the geometric mean over the widths.
 """
 import math
 import warnings
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ def spectra(D):
 
 def row(name, what, pair, goal, least, widths):
     "`goal` of the geometric mean, `least` of each width"
-    ways = {}
+    ways, pair = {}, lru_cache(pair)      # both sides on the same numbers
     for D in widths:
         for i, side in enumerate(("plain", "ours")): ways[f"{side}, D = {D}"] = Way("also", lambda D=D, i=i: (quiet(pair(D)[i]), 1), same=False)
     goals = {("ours", "plain"): goal} | {(f"ours, D = {D}", f"plain, D = {D}"): least for D in widths}
