@@ -18,7 +18,7 @@ NOTEBOOKS = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpo
 CELLS = {p: json.loads(p.read_text())["cells"] for p in NOTEBOOKS}
 SIDEWAYS = {("units", "models"), ("streams", "tasks"), ("bitflips", "tasks"), ("bitflips", "streams"), *((m, "learner") for m in ("checkpoints", "monitor", "interventions", "tracking")), ("experiments", "plots"), ("compose", "config"), ("compose", "runtime"), ("records", "runtime")}
 SIDEWAYS |= {("chains", "layers"), ("resnet", "layers"), ("resnet", "chains"), ("vit", "layers"), *(("models", m) for m in ("layers", "chains", "resnet", "vit"))}
-SIDEWAYS |= {*((m, o) for m in ("copies", "ranks", "normality", "gradients", "curvature") for o in ("activity", "copies") if m != o), *(("metrics", m) for m in ("activity", "copies", "ranks", "normality", "gradients", "curvature")), ("curvature", "gradients"), ("ranking", "probe"), ("figures", "plots"), ("experiments", "figures")}
+SIDEWAYS |= {*((m, o) for m in ("copies", "ranks", "normality", "gradients", "curvature") for o in ("activity", "copies") if m != o), *(("metrics", m) for m in ("activity", "copies", "ranks", "normality", "gradients", "curvature")), ("curvature", "gradients"), ("ranking", "probe"), ("manifold", "cloning"), ("escape", "cloning"), ("escape", "manifold"), ("figures", "plots"), ("experiments", "figures")}
 SIDEWAYS |= {("learner", "engines"), ("remedies", "interventions"), ("remedies", "learner"), ("active", "kernels"), ("minibatch", "kernels"), ("kernels", "optimizers"), ("active", "optimizers"), ("minibatch", "optimizers")}
 DISTRIBUTION = dict(sklearn="scikit-learn", hydra="hydra-core", omegaconf="hydra-core", yaml="pyyaml", pynvml="nvidia-ml-py")
 
