@@ -12,7 +12,7 @@ from collections import namedtuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .kernels import Cannot, compiled, layers_of, numba, share_out
+from .kernels import Cannot, compiled, layers_of, share_out
 
 # %% ../nbs/api/27_active.ipynb #bb599f7f
 lane = 16    # numbers in one instruction, at most
@@ -409,7 +409,6 @@ def _adam_learn(θ, m, v, table, s, pace, hows, after):
 class Active:
     "Plain MLPs of any depth, one example at a time: `(x [R, n, in], y [R, n]) -> losses [R, n], logits [R, n, K]`"
     def __init__(self, job):
-        if numba is None: raise Cannot("numba is not installed")
         self.job, nets = job, job.nets
         layers, act, self.slope = layers_of(nets.modules[0])
         self.plan, self.kind = Plan(nets, layers), acts[act]

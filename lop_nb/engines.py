@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.func import functional_call, grad_and_value, vmap
-from . import kernels
 from .active import Active
 from .kernels import Cannot, Job, Shallow, layers_of
 from .minibatch import Batches
@@ -122,7 +121,6 @@ def job_of(
 )->Job:
     "The learner's steps as a job for a kernel; `Cannot` if no kernel can see to all of it"
     nets, inside = learner.replicas, {c.inside: c for c in learner.callbacks if c.inside}
-    if kernels.numba is None: raise Cannot("numba is not installed")
     if nets.device.type != "cpu": raise Cannot(f"the networks are on {nets.device}")
     for c in learner.callbacks:
         if not c.inside and (c.reads or c in learner.watchers): raise Cannot(f"{type(c).__name__} must see every step")

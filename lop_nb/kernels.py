@@ -50,6 +50,8 @@ class Job:
     batch_size: int = 1
     inside: dict = field(default_factory=dict)   # {kind: callback}: what else each step does, such as continual_backprop
     threads: int = 1                             # replicas may be shared out among so many
+    def __post_init__(self):
+        if numba is None: raise Cannot("numba is not installed")
 
 # %% ../nbs/api/26_kernels.ipynb #4fc78855
 kinds = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.ELU: "elu", nn.SiLU: "swish", nn.Identity: "none"}
@@ -459,7 +461,6 @@ class Shallow:
 # %% ../nbs/api/26_kernels.ipynb #4221c305
 def _taken(job):
     "The layers of the job's networks, if the family takes such"
-    if numba is None: raise Cannot("numba is not installed")
     if job.batch_size != 1: raise Cannot(f"its batches have {job.batch_size} examples, not one")
     layers, act, slope = layers_of(job.nets.modules[0])
     if len(layers) > 2: raise Cannot(f"the network has {len(layers) - 1} hidden layers, more than one")

@@ -222,7 +222,6 @@ def _block(first, last, where, sizes, kind, a, x, y, targets, B, losses, logits,
 def _refuse(job):
     "`Cannot`, if the job is not one for these kernels"
     p, opt, others = next(iter(job.nets.params.values())), job.optimizer, job.inside.keys() - {"weight_clipping"}
-    if numba is None: raise Cannot("numba is not installed")
     if p.device.type != "cpu": raise Cannot(f"the networks are on {p.device}")
     if p.dtype not in (torch.float32, torch.float64): raise Cannot(f"the parameters are {p.dtype}")
     if others: raise Cannot(f"{' and '.join(sorted(others))} has no kernel for mini-batches")

@@ -14,7 +14,7 @@ from torch import nn
 from .activity import double
 from .config import OnlineNormConfig, ShrinkAndPerturbConfig, WeightClippingConfig
 from .learner import Callback
-from .optimizers import _draws
+from .optimizers import normal_draws
 from .runtime import LopError, one_of, seeded
 
 # %% ../nbs/api/34_remedies.ipynb #4ebe559d
@@ -95,7 +95,7 @@ class _EachStep(ShrinkAndPerturb):
 def apply(self:ShrinkAndPerturb, nets):
     "Shrink and perturb all parameters of `nets`, `Replicas`"
     ps, gens = [*nets.params.values()], [g["intervention"] for g in nets.generators]
-    shrink_and_perturb(ps, _fresh(nets, gens) if self.fresh else _draws(ps, gens), self.shrink, self.noise)
+    shrink_and_perturb(ps, _fresh(nets, gens) if self.fresh else normal_draws(ps, gens), self.shrink, self.noise)
 
 def _fresh(nets, generators):
     "The parameters [R, …] of new networks, each drawn from its generator"

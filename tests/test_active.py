@@ -5,7 +5,6 @@ import pytest
 import torch
 from stepping import torch_steps
 
-from lop_nb import active
 from lop_nb.active import Active
 from lop_nb.config import SGD, Adam, AdamW, RMSprop
 from lop_nb.interventions import ContinualBackprop
@@ -156,6 +155,3 @@ def test_batches_are_not_for_it():
     with pytest.raises(Cannot, match="batches of 8"): Active(asked)
 
 
-def test_without_a_compiler_it_says_so(monkeypatch):
-    monkeypatch.setattr(active, "numba", None)
-    with pytest.raises(Cannot, match="numba is not installed"): Active(job())

@@ -258,7 +258,7 @@ def test_what_a_job_asks_beyond():
 def test_without_numba_it_says_so(monkeypatch):
     from lop_nb import kernels
     monkeypatch.setattr(kernels, "numba", None)
-    with pytest.raises(Cannot, match="numba is not installed"): Shallow(made())
+    with pytest.raises(Cannot, match="numba is not installed"): made()
     assert kernels.compiled(len) is len
 
 

@@ -188,11 +188,9 @@ def test_refuses(name):
     with pytest.raises(Cannot, match=word): Batches(job_of(**kw))
 
 
-def test_refuses_networks_and_missing_numba(monkeypatch):
+def test_refuses_networks():
     nets = Replicas(partial(CNN, 1, 8, 10, conv_channels=[4], fc_hidden_units=[10]), [0])
     with pytest.raises(Cannot, match="CNN"): Batches(SimpleNamespace(nets=nets, inside={}))
-    monkeypatch.setattr(lop_nb.minibatch, "numba", None)
-    with pytest.raises(Cannot, match="numba is not installed"): Batches(job_of())
 
 
 def test_bad_input_is_told():
