@@ -37,7 +37,9 @@ def load_state_dict(self:Learner, state):
     mine, names = rememberers(self), [n for n, _ in state["callbacks"]]
     if names != [type(c).__name__ for c in mine]: raise LopError(f"The checkpoint was written with the callbacks {', '.join(names)}. Use the settings that the run was started with.")
     if state["stream"] != self.stream.record(): raise LopError("The checkpoint belongs to another stream of tasks. Use the settings that the run was started with.")
-    self.at = At(**state["at"]); self.replicas.load_state_dict(state["replicas"]); self.optimizer.load_state_dict(state["optimizer"])
+    self.at = At(**state["at"])
+    for c in self.callbacks: self.replicas = c.prepare(self.replicas, self.at.task)
+    self.reset_optimizer(); self.replicas.load_state_dict(state["replicas"]); self.optimizer.load_state_dict(state["optimizer"])
     for c, (_, s) in zip(mine, state["callbacks"]): c.load_state_dict(s)
     self.task = self.stream[self.at.task]
 

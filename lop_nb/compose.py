@@ -191,7 +191,7 @@ ranges = dict(
     stream=dict(tasks="[1, ∞)", classes_per_task="[1, ∞)", examples="[1, ∞)", hard_classes="[1, ∞)", easy_classes="[1, ∞)", bits="[1, ∞)", slow="[1, ∞)", hidden="[1, ∞)", beta="[0, 1]", max_angle="[0, 180]", fraction="(0, 1)", label_noise="[0, 1]"),
     passage=dict(share="(0, 1)", increments="[1, ∞)"),
     optimizer=dict(lr="[0, ∞)", betas="[0, 1)", eps="[0, ∞)", weight_decay="[0, ∞)", momentum="[0, 1)", dampening="[0, 1]", alpha="[0, 1)", noise_scale="[0, ∞)", noise_decay="[0, 1]"),
-    training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "batch_size", "threads")}),
+    training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "initial_epochs", "batch_size", "threads")}),
     metrics=dict(every="[1, ∞)", bin="[1, ∞)", epochs="[1, ∞)", probe_size="[1, ∞)", dead_threshold="[0, 1]", duplicate_threshold="[0, 1]",
                  dead_size="[0, ∞)", dormant_threshold="[0, 1]", flat_slope="[0, ∞)", saturated_threshold="[0, 1]", gradient_ratio="[0, ∞)", missing_mass="(0, 1)", normality_rows="[3, 5000]", histogram_edges="(0, ∞)"),
     intervention={"l2_init.weight": "[0, ∞)", "continual_backprop.replacement_rate": "[0, 1]", "continual_backprop.decay": "[0, 1)", "continual_backprop.maturity_threshold": "[0, ∞)",

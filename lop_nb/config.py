@@ -7,11 +7,11 @@ Docs: https://lop-nb.github.io/lop_nb/api/config.html.md"""
 # %% auto #0
 __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'DatasetConfig', 'BitsConfig', 'PermutedPixelsConfig',
            'ClassSplitConfig', 'RandomLabelsConfig', 'PermutedLabelsConfig', 'RotatedInputsConfig', 'BinaryPairsConfig',
-           'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'BitFlipsConfig',
-           'PassageConfig', 'Adam', 'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig', 'L2InitConfig',
-           'WeightClippingConfig', 'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'InterventionConfig', 'TrainingConfig',
-           'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options', 'published', 'streaming', 'vgg', 'presets',
-           'register', 'settings']
+           'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'StagesConfig',
+           'BitFlipsConfig', 'PassageConfig', 'Adam', 'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig',
+           'L2InitConfig', 'WeightClippingConfig', 'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'InterventionConfig',
+           'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options', 'published', 'streaming',
+           'vgg', 'presets', 'register', 'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -182,6 +182,12 @@ class ChunksConfig:
     cumulative: bool = True              # false: each task has its own chunk alone
 
 @dataclass
+class StagesConfig:
+    "Every task is the same, for studies that change the network"
+    name: str = "stages"
+    tasks: int = 2
+
+@dataclass
 class BitFlipsConfig:
     "Slowly-changing regression: a task is the time between two changes of the slow bits (Dohare et al., 2024)"
     name: str = "bit_flips"
@@ -305,6 +311,7 @@ class TrainingConfig:
     seed: int = 42
     replicas: int = 3
     epochs: int = 3                      # for each task
+    initial_epochs: Optional[int] = None # for the first task; None: as for the others
     batch_size: int = 32
     no_augment: bool = False             # true: train on the pictures as they are
     head_reset: str = "none"             # at each task after the first: none, zero, reinit
@@ -377,7 +384,7 @@ sizes = dict(digits=(1, 8, 10), mnist=(1, 28, 10), fashion_mnist=(1, 28, 10), ci
 
 def streams()->dict: return {c.name: c for c in (
     PermutedPixelsConfig(), ClassSplitConfig(), RandomLabelsConfig(), PermutedLabelsConfig(), RotatedInputsConfig(), BinaryPairsConfig(),
-    GrowingClassesConfig(), AlternatingConfig(), WarmStartConfig(), ChunksConfig(), BitFlipsConfig())}
+    GrowingClassesConfig(), AlternatingConfig(), WarmStartConfig(), ChunksConfig(), StagesConfig(), BitFlipsConfig())}
 
 # %% ../nbs/api/02_config.ipynb #ac9c8761
 def options()->dict:

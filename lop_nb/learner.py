@@ -41,6 +41,7 @@ class Callback:
     def after_task(self, learner): "A task has ended"
     def after_fit(self, learner): "The fit has ended, or was stopped"
     def inputs(self, learner, x): return x   # of a block [R, n, …], in order
+    def prepare(self, nets, task): return nets   # the networks as they are in that task, whatever their weights, from those of the first: for callbacks that put others in their place
     def state_dict(self): return {}
     def load_state_dict(self, state): pass
 
@@ -63,8 +64,8 @@ class Learner:
     def __init__(self,
         replicas,                       # `Replicas`
         stream,                         # a stream of tasks; it is given the replicas' seeds
-        optimizer=Adam(),               # an optimizer's settings (see `config`)
-        epochs=_training.epochs,        # for each task
+        optimizer=Adam(),               # an optimizer's settings (see `config`); or a list, as for epochs
+        epochs=_training.epochs,        # for each task; or a list, of the tasks in order, whose last number counts for all that follow
         batch_size=_training.batch_size,
         callbacks=(),                   # added to those in `defaults`
         augment=None,                   # `augment.Augment`; None: the pictures as they are
@@ -74,14 +75,16 @@ class Learner:
         engine=_training.engine,        # who makes the steps: auto, torch, vmap, compile, numba
         store=None,                     # `Records` to write to; None keeps them in memory
         run="",                         # the name of this run (of this arm) in the records
+        batches="",                     # behind the name of the generators of order and augmentation: learners that share it see the same batches
         defaults=None                   # None: `Online`, `Evaluate` and `Progress`
     ):
-        self.replicas, self.stream, self.spec = replicas, stream.seeded(replicas.seeds), optimizer
-        self.epochs, self.batch_size, self.run, self.augment = epochs, batch_size, run, augment
+        self.replicas, self.stream, self.at = replicas, stream.seeded(replicas.seeds), At()
+        self.specs, self.lengths = (v if isinstance(v, (list, tuple)) else [v] for v in (optimizer, epochs))
+        self.batch_size, self.run, self.augment, self.batches = batch_size, run, augment, batches
         self.reset, self.head_reset, self.head_state = reset, one_of("head_reset", head_reset, ["none", "zero", "reinit"]), one_of("head_state", head_state, ["reset", "keep"])
         self.asked, self.why, self.store = one_of("training.engine", engine, ["auto", *engines]), "", Records() if store is None else store
         self.callbacks = sorted([*(default_callbacks() if defaults is None else defaults), *callbacks], key=lambda c: c.order)
-        self.at, self.stopping, self.safe, self.latest = At(), False, False, {}
+        self.stopping, self.safe, self.latest = False, False, {}
         self.live = [True]*len(replicas)      # which replicas still train on this task: see early stopping
         self.per_element = any(c.resets_units for c in self.callbacks)
         self.reset_optimizer()
@@ -109,16 +112,35 @@ def watchers(self:Learner):
     "The callbacks that must see every step"
     return [c for c in self.callbacks if any(getattr(type(c), m) is not getattr(Callback, m) for m in ("after_backward", "after_step"))]
 
+def _at(each, task): return each[min(task, len(each) - 1)]
+
+@patch(as_prop=True)
+def epochs(self:Learner):
+    "Of the task at hand"
+    return _at(self.lengths, self.at.task)
+
+@patch(as_prop=True)
+def spec(self:Learner):
+    "The optimizer's settings in the task at hand"
+    return _at(self.specs, self.at.task)
+
+@patch
+def epochs_before(self:Learner,
+    task # which may be the one behind the last
+)->int:
+    "Epochs of all tasks before this one"
+    return sum(_at(self.lengths, k) for k in range(task))
+
 @patch(as_prop=True)
 def steps(self:Learner):
     "About how many steps the whole run has"
-    return len(self.stream) * self.epochs * -(-self.task.train.n // self.batch_size)
+    return self.epochs_before(len(self.stream)) * -(-self.task.train.n // self.batch_size)
 
 # %% ../nbs/api/30_learner.ipynb #2d856429
 @patch
 def _draw(self:Learner, purpose, f):
     "f(generator) of each replica for this epoch, stacked [R, …]"
-    return [f(generator(s, purpose, self.at.task, self.at.epoch)) for s in self.replicas.seeds]
+    return [f(generator(s, purpose + self.batches, self.at.task, self.at.epoch)) for s in self.replicas.seeds]
 
 @patch
 def _change(self:Learner):
@@ -186,7 +208,7 @@ def _task(self:Learner):
 def _renew(self:Learner):
     "Before a task after the first: fresh networks, a fresh optimizer, a fresh head, as asked"
     if self.reset: self.replicas.reset(self.at.task)
-    if self.reset or self.spec.reinit_optimizer: self.reset_optimizer()
+    if self.reset or self.spec.reinit_optimizer or self.spec != _at(self.specs, self.at.task - 1): self.reset_optimizer()
     head = {s.param for s in self.replicas.graph.outputs.reads} if self.head_reset != "none" else ()
     if self.head_reset == "reinit": self.replicas.reset("head", self.at.task, only=head)
     if self.head_reset == "zero":
@@ -378,13 +400,13 @@ class Progress(Callback):
     "A progress bar over the epochs of all tasks"
     def before_fit(self, learner):
         self.why, form = "", "{desc} {percentage:3.0f}%|{bar:24}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=len(learner.stream) * learner.epochs, initial=learner.at.task * learner.epochs, desc=learner.run or "fit",
+        self.bar = tqdm(total=learner.epochs_before(len(learner.stream)), initial=learner.epochs_before(learner.at.task), desc=learner.run or "fit",
                         bar_format=form, miniters=0, mininterval=.1 if sys.stderr.isatty() else 10, disable="IN_TEST" in os.environ)
     def before_task(self, learner): self.bar.set_postfix_str(f"task {learner.at.task + 1}/{len(learner.stream)}", refresh=False)
     def after_block(self, learner):
         if learner.why != self.why and not self.bar.disable: self.why = learner.why; self.bar.write(f"{learner.run or 'fit'}: steps are made one by one by torch, since {self.why}.", sys.stderr)
         at = learner.at; batches = learner.task.train.n / learner.batch_size
-        self.bar.n = at.task*learner.epochs + at.epoch + min(1, at.batch/batches); self.bar.update(0)
+        self.bar.n = learner.epochs_before(at.task) + at.epoch + min(1, at.batch/batches); self.bar.update(0)
     def after_fit(self, learner): self.bar.close()
 
 def default_callbacks(): return [Online(), Evaluate(), Progress()]

@@ -7,8 +7,9 @@ Docs: https://lop-nb.github.io/lop_nb/api/streams.html.md"""
 # %% auto #0
 __all__ = ['most_draws', 'kinds', 'PermutedPixels', 'RotatedInputs', 'RandomLabels', 'PermutedLabels', 'split_sizes',
            'check_partitions', 'rows_of', 'class_order', 'ClassSplit', 'GrowingClasses', 'BinaryPairs', 'deal',
-           'Alternating', 'WarmStart', 'Chunks', 'check_stream', 'from_record', 'level', 'melt', 'Crossing', 'Between',
-           'check_passage', 'Passage', 'View', 'Task', 'Stream', 'mask_logits', 'masked_cross_entropy', 'rotate']
+           'Alternating', 'WarmStart', 'Chunks', 'Stages', 'check_stream', 'from_record', 'level', 'melt', 'Crossing',
+           'Between', 'check_passage', 'Passage', 'View', 'Task', 'Stream', 'mask_logits', 'masked_cross_entropy',
+           'rotate']
 
 # %% ../nbs/api/14_streams.ipynb #609cc87d
 import hashlib, random
@@ -358,9 +359,17 @@ class Chunks(Stream):
         return torch.cat([cut((y == c).nonzero()[:, 0]) for c in range(self.data.num_classes)])
     def _task(self, k, rows): return Task(f"chunk {k}", k, self._view("train", rows), *self._views()[1:], self._every_class())
 
+# %% ../nbs/api/14_streams.ipynb #e708d0f4
+class Stages(Stream):
+    "Every task is the same: all classes, all pictures"
+    name, passages = "stages", ()
+    def __init__(self, data, tasks=_default["stages"].tasks, **kw): super().__init__(data, tasks=tasks, **kw)
+    def _draw(self, seed, k): return torch.empty(0)
+    def _task(self, k, draws): return Task(f"stage {k}", k, *self._views(), self._every_class())
+
 # %% ../nbs/api/14_streams.ipynb #cb0eac2b
 kinds = {c.name: c for c in (   # a stream of another notebook enters itself
-    PermutedPixels, ClassSplit, RandomLabels, PermutedLabels, RotatedInputs, BinaryPairs, GrowingClasses, Alternating, WarmStart, Chunks)}
+    PermutedPixels, ClassSplit, RandomLabels, PermutedLabels, RotatedInputs, BinaryPairs, GrowingClasses, Alternating, WarmStart, Chunks, Stages)}
 
 def check_stream(
     name,       # a key of `kinds`

@@ -27,7 +27,7 @@ def colourful():
 DATA = dict(digits=load("digits"), colourful=colourful())
 SETTINGS = dict(permuted_pixels=dict(tasks=4), class_split=dict(tasks=3, classes_per_task=2), random_labels=dict(tasks=4, examples=60), permuted_labels=dict(tasks=4),
                 rotated_inputs=dict(tasks=4), binary_pairs=dict(tasks=6), growing_classes=dict(tasks=3, classes_per_task=2), alternating=dict(tasks=5, hard_classes=3),
-                warm_start=dict(fraction=.3, label_noise=.4), chunks=dict(tasks=4))
+                warm_start=dict(fraction=.3, label_noise=.4), chunks=dict(tasks=4), stages=dict(tasks=3))
 PICTURES = [k for k in kinds if k != BitFlips.name]      # streams of a data set; bit flips have tests of their own
 EVERY = [pytest.param(k, d, id=f"{k}-{d}") for k in PICTURES for d in DATA]
 WAYS = [pytest.param(k, d, how, id=f"{k}-{d}-{how}") for k in PICTURES for d in DATA for how in kinds[k].passages]
@@ -115,6 +115,7 @@ def test_a_replica_has_the_tasks_of_its_seed(kind, data):
 def test_draws_differ_between_tasks_and_seeds_and_don_t_depend_on_the_order_of_asking(kind, data):
     stream = make(kind, data); n = len(stream); first = {k: [stream._draw(s, k).tolist() for s in stream.seeds] for k in reversed(range(n))}
     for k in range(n): assert first[k] == [stream._draw(s, k).tolist() for s in stream.seeds]
+    if kind == "stages": return                              # it draws nothing
     assert first[0] != first[n - 1] and len({json.dumps(first[k][0]) for k in range(n)}) == n
     assert any(a != b for a, b in first.values())
 
@@ -166,7 +167,7 @@ def test_a_record_makes_the_stream_again(kind, data):
     for a, b in zip(stream, again):
         for v, w in zip(views(a), views(b)):
             for t, u in zip(v.fetch(every(v)), w.fetch(every(w))): assert torch.equal(t, u)
-    assert make(kind, data, (3, 6)).record()["fingerprint"] != stream.record()["fingerprint"]
+    assert kind == "stages" or make(kind, data, (3, 6)).record()["fingerprint"] != stream.record()["fingerprint"]
     assert stream.seeded([3, 6]).record() == make(kind, data, (3, 6)).record()
     with pytest.raises(LopError, match="Load the same data"): from_record(stream.record(), DATA["colourful" if data == "digits" else "digits"])
     with pytest.raises(LopError, match="draws other numbers"): from_record(stream.record() | dict(fingerprint="0"), DATA[data])

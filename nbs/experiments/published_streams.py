@@ -21,7 +21,8 @@ _rate = "intervention.continual_backprop.replacement_rate"
 runs = {
     "bit_flipping": {f"{net}_{flip}_{arm}": [*_bits, *words, f"stream.flip={flip}", f"intervention.arms=[{arm}]"] for flip in ("all", "one") for arm in ("backprop", "continual_backprop")
                      for net, words in dict(relu=[], tanh=["model.activation=tanh"], linear=["model.hidden_sizes=[]"]).items() if (net, arm) != ("linear", "continual_backprop")},
-    "clipping": {arm: [*_clip, f"intervention.arms=[{arm}]"] for arm in ("backprop", "weight_clipping")},
+    "clipping": {name: [*_clip, f"intervention.arms=[{arm}]", f"training.seed={seed}"] for name, arm, seed in (
+        ("backprop", "backprop", 42), ("weight_clipping", "weight_clipping", 42), ("backprop_more", "backprop", 45))},   # the last was added when the first was half way, see 09_clipping
     "online_mnist": {
         **{f"narrow_{lr}": [*_narrow, f"optimizer.lr={lr}", "intervention.arms=[backprop]"] for lr in (.003, .01)},
         **{f"narrow_0.003_cbp_{rate}": [*_narrow, "optimizer.lr=0.003", "intervention.arms=[continual_backprop]", f"{_rate}={rate}"] for rate in (1e-4, 1e-5, 1e-6)},
