@@ -362,7 +362,7 @@ class Chunks(Stream):
 # %% ../nbs/api/14_streams.ipynb #e708d0f4
 class Stages(Stream):
     "Every task is the same: all classes, all pictures"
-    name, passages = "stages", ()
+    name = "stages"
     def __init__(self, data, tasks=_default["stages"].tasks, **kw): super().__init__(data, tasks=tasks, **kw)
     def _draw(self, seed, k): return torch.empty(0)
     def _task(self, k, draws): return Task(f"stage {k}", k, *self._views(), self._every_class())
