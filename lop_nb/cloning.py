@@ -35,7 +35,7 @@ def axis_blocks(
     mine, labels, n = sorted([(g, s) for g, s, _ in owners if s.axis == axis], key=lambda o: o[1].start), [], 0
     for g, s in mine:
         units = partition.get(g.name, torch.arange(g.size))
-        labels.append(n + positions(replace(s, start=n), units[None]).flatten())
+        labels.append(positions(replace(s, start=n), units[None]).flatten())
         n += (int(units.max()) + 1) * s.block
     return torch.cat(labels) if labels else None
 
