@@ -6,7 +6,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/cloning.html.md"""
 
 # %% auto #0
 __all__ = ['sides', 'axis_blocks', 'block_means', 'enlarge', 'resize', 'rescale', 'factors_of', 'tensors', 'unclaimed', 'verify',
-           'clone']
+           'clone', 'published_columns', 'published_faults', 'clone_partition', 'add_noise']
 
 # %% ../nbs/api/39_cloning.ipynb #78c4c94b
 import copy, warnings
@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import replace
 import torch
 from torch import nn
-from .layers import Dropout, mixing_norms
+from .layers import Dropout
 from .runtime import LopError, one_of
 from .units import UnitGraph, as_index, misfits, positions
 
@@ -58,17 +58,18 @@ def block_means(
 
 # %% ../nbs/api/39_cloning.ipynb #3002eead
 def enlarge(
-    t:torch.Tensor, # [R, …]: one parameter or buffer of all replicas
+    t:torch.Tensor, # [R, …]: one parameter or buffer of all replicas, or what an optimizer remembers of it
     owners,         # Its [(group, slice, kind)] of `sides`
     factors,        # {group name: k}
     own=0,          # Divide by this power of k where a unit owns
-    out=1           # Divide by this power of k where something goes out from a unit
-)->torch.Tensor:    # [R, …], larger
+    out=1,          # Divide by this power of k where something goes out from a unit
+    leading=1       # Axes before the parameter's own: 1 for replicas, 0 for a plain module
+)->torch.Tensor:    # Larger
     "What a clone has in the place of `t`: divided, and then repeated along each axis"
     for axis in sorted({s.axis for _, s, _ in owners}, reverse=True):               # the last axis first: later copies are then of whole rows
         at, per = _spread([o for o in owners if o[1].axis == axis], factors, own, out)
-        if (per != 1).any(): t = t / per.to(t).view(-1, *[1]*(t.ndim - axis - 2))
-        t = t.index_select(axis + 1, at.to(t.device))
+        if (per != 1).any(): t = t / per.to(t).view(-1, *[1]*(t.ndim - axis - leading - 1))
+        t = t.index_select(axis + leading, at.to(t.device))
     return t
 
 def _spread(owners, factors, own, out):
@@ -148,18 +149,28 @@ def verify(new, graph, factors):
 # %% ../nbs/api/39_cloning.ipynb #155a3d59
 @torch.no_grad()
 def clone(
-    model,      # A network with `unit_groups`
-    factor,     # k ≥ 2, or {group name: k}
-    layers=None # Names of the groups to be cloned; None: all hidden groups
-):              # A new network of the same class, its hidden groups k times as wide
+    model,          # A network with `unit_groups`
+    factor,         # k ≥ 2, or {group name: k}
+    layers=None,    # Names of the groups to be cloned; None: all hidden groups
+    noise=0.,       # σ of `add_noise`
+    generator=None, # Where the noise is drawn from
+    equitable=False,# Noise that leaves the function as it is
+    faithful=False  # `published_faults`?
+):                  # A new network of the same class, its hidden groups k times as wide
     "A wider network with the function of `model`: exactly so in evaluation mode, and in training mode if nothing drops out"
     graph = UnitGraph.of(model); factors = factors_of(graph, factor, layers)
     if faults := list(unclaimed(model, graph)): raise LopError(f"This {type(model).__name__} can't be cloned: {'; '.join(faults[:3])}. Complete its unit_groups(); units.faults tries each of them.")
     old, owners = tensors(model), sides(graph)
     new = copy.deepcopy(model, {id(t): t for t in old.values()})                    # all but the tensors, which are put in anew
-    for name, t in old.items(): _put(new, name, enlarge(t[None], owners[name], factors)[0] if name in owners else t.clone())
+    for name, t in old.items(): _put(new, name, enlarge(t, owners[name], factors, leading=0) if name in owners else t.clone())
     _settle(new, graph, factors); verify(new, graph, factors); _say_dropout(model)
+    _disturb({n: p.data[None] for n, p in new.named_parameters()}, [new], graph, factors, noise, [generator], equitable, faithful)
     return new
+
+def _disturb(params, models, graph, factors, noise, generators, equitable, faithful):
+    "What is not exact, if it is asked for"
+    if faithful: published_faults(params, models, graph, factors)
+    if noise: add_noise(params, UnitGraph.of(models[0]), noise, generators, clone_partition(graph, factors) if equitable else None)
 
 # %% ../nbs/api/39_cloning.ipynb #fdb837a7
 def _put(model, name, value):
@@ -176,3 +187,60 @@ def _settle(new, graph, factors):
 def _say_dropout(model):
     places = [n for n, m in model.named_modules() if isinstance(m, (Dropout, nn.modules.dropout._DropoutNd)) and m.p]
     if places: warnings.warn(f"Dropout at {', '.join(places[:3])}{' …' if len(places) > 3 else ''}: in training mode the clone draws other masks than its base, and where units drop out, clones separate. It is exact in evaluation mode.", stacklevel=4)
+
+# %% ../nbs/api/39_cloning.ipynb #a158a4a5
+def published_columns(
+    size:int, # Units of the base
+    k:int,
+    block:int # Positions of each behind the flatten
+):            # int64 [size·k·block]: for each position a column of the exact clone that holds what is found there
+    "Where a flatten that knows only of pairs finds its weights"
+    channel, pixel = torch.arange(size * k)[:, None], torch.arange(block)
+    place = channel // 2 * 2 * block + 2 * pixel + channel % 2 if size * k % 2 == 0 else channel * block + pixel
+    base = place.flatten() // k                                                      # the linear rule: k neighbours are copies
+    return base // block * k * block + base % block
+
+@torch.no_grad()
+def published_faults(
+    params, # The clones' {name: [R, …]}, changed in place
+    models, # The clones, whose scales are changed
+    graph,  # Of the base
+    factors # {group name: k}
+):
+    "Make of an exact clone what source A's code makes: DA7, DA8, DA9"
+    for g in graph:
+        k = factors[g.name]
+        for m in models if g.product else (): rescale(m, g, k**-.5)
+        for s in g.writes:
+            if s.block > 1: params[s.param].copy_(params[s.param].index_select(s.axis + 1, published_columns(g.size, k, s.block).to(params[s.param].device)))
+        for n in g.normed:
+            if isinstance(models[0].get_submodule(n), (nn.GroupNorm, nn.InstanceNorm2d)): _neutral(params, n)
+
+def _neutral(params, norm):
+    for name, value in (("weight", 1.), ("bias", 0.)):
+        if f"{norm}.{name}" in params: params[f"{norm}.{name}"].fill_(value)
+
+# %% ../nbs/api/39_cloning.ipynb #efc7470b
+def clone_partition(
+    graph,  # Of the base
+    factors # {group name: k}
+)->dict:    # {group name: int64 [size·k]}
+    "Which base unit each clone is a copy of"
+    return {g.name: torch.arange(g.size * factors[g.name]) // factors[g.name] for g in graph}
+
+# %% ../nbs/api/39_cloning.ipynb #4bde1910
+@torch.no_grad()
+def add_noise(
+    params,        # {name: [R, …]}, changed in place
+    graph,         # Their unit graph
+    noise,         # σ
+    generators,    # One for each replica
+    partition=None # Of the units: keep what each block gives to each unit and gets from it; None: noise without bounds
+):
+    "Add σ·rms(W)·z to each replica's weights"
+    if None in generators: raise LopError("Noise is drawn from a generator: pass generator=runtime.generator(seed, \"clone\").")
+    for name, owners in sides(graph).items():
+        if all(kind == "own" for *_, kind in owners): continue
+        w = params[name]; z = torch.stack([torch.randn(w.shape[1:], generator=g, dtype=w.dtype, device=g.device) for g in generators]).to(w.device)
+        for axis in {s.axis for _, s, _ in owners} if partition else (): z -= block_means(z, axis + 1, axis_blocks(owners, axis, partition))
+        w += noise * w.square().flatten(1).mean(1).sqrt().view(-1, *[1]*(w.ndim - 1)) * z
