@@ -8,7 +8,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/layers.html.md"""
 __all__ = ['activations', 'mixing_norms', 'make_activation', 'group_count', 'vector_norm', 'map_norm', 'TokenBatchNorm',
            'TokenGroupNorm', 'token_norm', 'Dropout', 'norm_and_act', 'present', 'uniform', 'normal', 'truncated',
            'gain', 'kaiming', 'Slice', 'Group', 'reads_of', 'writes_to', 'norm_slices', 'hidden_group', 'residual',
-           'join']
+           'pass_norm', 'join']
 
 # %% ../nbs/api/07_layers.ipynb #d0ae79e7
 from collections import OrderedDict
@@ -177,6 +177,8 @@ class Group:
     axis:int=1             # Where the units lie in the outputs of all these modules; the replica axis is not counted
     stream:tuple=()        # All modules whose outputs are states of one residual stream
     product:tuple=()       # Two modules, if all that goes out of a unit is the product of its values there
+    scale:str=None         # Attribute that multiplies the sum of all units' products: "attention.scale"
+    normed:tuple=()        # Normalisations on the way, with numbers for each unit or without
 
     @property
     def slices(self): return [*self.reads, *self.norms, *self.writes]
@@ -224,8 +226,9 @@ def hidden_group(
     site = next((n for n, m in rest if not isinstance(m, _norms + _pools)), name)
     mixed = next((k for k, (_, m) in enumerate(rest) if isinstance(m, mixing_norms)), len(rest))
     size = layer.weight.shape[0]
-    return Group(site, size, reads_of(name, layer), writes_to(*then, size), [s for n, m in rest if isinstance(m, _norms) for s in norm_slices(n, m)],
-                 site, private=places[mixed], passed=places[-1], **more)
+    norms = [(n, m) for n, m in rest if isinstance(m, _norms)]
+    return Group(site, size, reads_of(name, layer), writes_to(*then, size), [s for norm in norms for s in norm_slices(*norm)], site,
+                 private=places[mixed], passed=places[-1], normed=tuple(n for n, _ in norms), **more)
 
 # %% ../nbs/api/07_layers.ipynb #8d580a6b
 def residual(
@@ -235,6 +238,10 @@ def residual(
     "The group of a residual stream that nobody has joined yet"
     return Group(None, size, [], [], [], None, None, None, axis=axis)
 
+def pass_norm(stream, name, norm, at):
+    "Let `stream` pass the normalisation called `name`, which moves it `at` a module; nothing if it is not there"
+    if norm is not None: stream.norms += norm_slices(name, norm, at); stream.normed += (name,)
+
 def join(
     stream:Group,# Changed in place
     place:str,   # Module whose output is the stream after the sum; the last one is its site
@@ -242,7 +249,7 @@ def join(
 )->Group:
     "Let `layers` be read by the units of `stream`"
     for name, m in layers:
-        if isinstance(m, _norms): stream.norms += norm_slices(name, m, at=place)
+        if isinstance(m, _norms): pass_norm(stream, name, m, place)
         elif getattr(m, "weight", None) is not None: stream.reads += reads_of(name, m, at=place)
     stream.name = stream.site = place; stream.stream += (place,)
     return stream

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .config import ViTConfig
-from .layers import Dropout, Group, Slice, hidden_group, join, make_activation, norm_slices, present, reads_of, residual, token_norm, truncated, writes_to
+from .layers import Dropout, Group, Slice, hidden_group, join, make_activation, pass_norm, present, reads_of, residual, token_norm, truncated, writes_to
 from .runtime import LopError
 
 # %% ../nbs/api/10_vit.ipynb #d5d46265
@@ -126,7 +126,7 @@ def unit_groups(self:ViT)->list:
     stream = join(residual(patch.out_channels, axis=2), "embed", ("embed.patch", patch))
     stream.reads += [Slice(f"embed.{p}", 2, added=True, at="embed") for p in ("token", "positions")]
     groups = [g for name, m in blocks for g in block_groups(stream, name, m)]
-    if hasattr(self, "norm"): stream.norms += norm_slices("norm", self.norm, at="norm")
+    pass_norm(stream, "norm", getattr(self, "norm", None), at="norm")
     stream.writes += writes_to("out", self.out, stream.size)
     inputs = Group("inputs", patch.in_channels, [], writes_to("embed.patch", patch, patch.in_channels), [], None, None, None)
     return [inputs, *groups, stream, Group("outputs", self.out.out_features, reads_of("out", self.out), [], [], "out", "out", "out")]
@@ -140,7 +140,7 @@ def block_groups(
     fresh, heads, mlp = partial(truncated, std=_std), f"{name}.attend.heads", f"{name}.mlp"
     for place, part, reader, last in ((f"{name}.mid", "attend", "heads.qkv", "heads.proj"), (name, "mlp", "fc_0", "fc_1")):
         at, seq = f"{name}.{part}", block.get_submodule(part)
-        if hasattr(seq, "norm"): stream.norms += norm_slices(f"{at}.norm", seq.norm, at=f"{at}.norm")
+        pass_norm(stream, f"{at}.norm", getattr(seq, "norm", None), at=f"{at}.norm")
         stream.writes += writes_to(f"{at}.{reader}", seq.get_submodule(reader), stream.size)
         join(stream, place, (f"{at}.{last}", seq.get_submodule(last)))
     hidden = hidden_group([(f"{mlp}.fc_0", block.mlp.fc_0), (f"{mlp}.act_0", block.mlp.act_0)], (f"{mlp}.fc_1", block.mlp.fc_1), fresh=fresh, axis=2)
@@ -149,5 +149,5 @@ def block_groups(
 def attention_groups(name, m, fresh)->list:
     "Query-key and value units, those of all heads in a row: with d to a head, unit i is in head i // d"
     D = m.proj.in_features; q, k, v, mixed = (f"{name}.{p}" for p in ("q", "k", "v", "mixed"))
-    pairs = Group(q, D, reads_of(f"{name}.qkv", m.qkv, 0, at=q) + reads_of(f"{name}.qkv", m.qkv, D, at=k), [], [], q, None, None, axis=2, product=(q, k))
+    pairs = Group(q, D, reads_of(f"{name}.qkv", m.qkv, 0, at=q) + reads_of(f"{name}.qkv", m.qkv, D, at=k), [], [], q, None, None, axis=2, product=(q, k), scale=f"{name}.scale")
     return [pairs, Group(v, D, reads_of(f"{name}.qkv", m.qkv, 2 * D), writes_to(f"{name}.proj", m.proj, D), [], v, v, mixed, fresh, axis=2)]
