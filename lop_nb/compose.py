@@ -32,7 +32,7 @@ def _keys(node, prefix=""):
 
 # %% ../nbs/api/03_compose.ipynb #bf9086f9
 aliases = {"use_wandb": "logging.wandb", "logging.use_wandb": "logging.wandb", "wandb_project": "logging.wandb_project", "wandb_tags": "logging.wandb_tags",
-           "training.epochs_per_task": "training.epochs", "training.early_stopping_steps": "training.early_stopping", "training.tasks": "stream.tasks",
+           "training.epochs_per_task": "training.epochs", "training.epochs_per_expansion": "training.epochs", "training.expansion_factor": "intervention.clone.factor", "training.early_stopping_steps": "training.early_stopping", "training.tasks": "stream.tasks",
            "training.classes_per_task": "stream.classes_per_task", "training.partitions": "stream.partitions", "task.tasks": "stream.tasks",
            "task.classes_per_task": "stream.classes_per_task", "task.partitions": "stream.partitions", "metrics.metrics_frequency": "metrics.epochs",
            "metrics.corr_threshold": "metrics.duplicate_threshold", "metrics.saturation_threshold": "metrics.gradient_ratio", "metrics.saturation_percentage": "metrics.saturated_threshold",
@@ -66,6 +66,8 @@ phrases = {   # a word of theirs -> (its value, the examples of a task) -> our o
     "model.hidden_size_learner": lambda v, _: f"model.hidden_sizes=[{v}]",
     "optimizer.use_adam": lambda v, _: {True: "optimizer=adam", False: "optimizer=plain_sgd"}.get(_switch(v)),
     "training.noise_variance": lambda v, _: f"intervention.shrink_and_perturb.noise={float(v)**.5}" if re.fullmatch(r"[\d.]+(e-?\d+)?", v) else None,
+    "training.num_expansions": lambda v, _: f"stream.tasks={int(v) + 1}" if v.isdecimal() else None,
+    "training.track_base": lambda v, _: {True: "intervention.arms=[backprop,clone,scratch]", False: "intervention.arms=[clone]"}.get(_switch(v)),
     "training.n_examples": _tasks}
 
 switches = {"training.continual_backprop": "continual_backprop", "training.use_shrink_perturb": "shrink_and_perturb"}   # together they make one arm
@@ -91,6 +93,7 @@ companions = {"stream=bit_flips": dict(dataset="bits"), "dataset=bits": dict(str
               **{f"stream.{k}": dict(dataset="bits", stream="bit_flips") for k in ("bits", "slow", "hidden", "beta", "flip")},
               "training=continual": dict(stream="class_split", optimizer="adam", intervention="backprop"),
               "training=standard": dict(stream="all_classes", optimizer="adam", intervention="backprop"),
+              "training=cloning": dict(stream="stages", optimizer="adam", intervention="cloning"),
               "stream.classes_per_task": dict(stream="class_split"), "stream.partitions": dict(stream="class_split")}
 
 def expand(
@@ -116,13 +119,11 @@ retired = {
     "winning_tickets": "Studies of tickets are not in this version; +experiment=tickets/lop trains the networks that they start from.",
     "overlap_parameters_tickets": "Studies of tickets are not in this version; +experiment=tickets/lop trains the networks that they start from.",
     "test_random_masks": "Studies of tickets are not in this version; +experiment=tickets/lop trains the networks that they start from.",
-    "parameter_plasticity": "Studies of tickets are not in this version; +experiment=tickets/lop trains the networks that they start from.",
-    **{f"training.{k}": "Cloning is not in this version." for k in ("initial_epochs", "epochs_per_expansion", "expansion_factor", "num_expansions", "track_base")}}
+    "parameter_plasticity": "Studies of tickets are not in this version; +experiment=tickets/lop trains the networks that they start from."}
 
 def _check_retired(o):
     for key, advice in retired.items():
         if re.match(rf"{key}(?![a-z])|{key}_(masks|plasticity|accuracy)", o.key_or_group): raise LopError(f"{o.input_line}: {advice}")
-    if o.input_line == "training=cloning": raise LopError("training=cloning: Cloning is not in this version. Choices: continual, standard, digits.")
 
 # %% ../nbs/api/03_compose.ipynb #3ec8da05
 def _parse(overrides):
@@ -191,11 +192,12 @@ ranges = dict(
     stream=dict(tasks="[1, ∞)", classes_per_task="[1, ∞)", examples="[1, ∞)", hard_classes="[1, ∞)", easy_classes="[1, ∞)", bits="[1, ∞)", slow="[1, ∞)", hidden="[1, ∞)", beta="[0, 1]", max_angle="[0, 180]", fraction="(0, 1)", label_noise="[0, 1]"),
     passage=dict(share="(0, 1)", increments="[1, ∞)"),
     optimizer=dict(lr="[0, ∞)", betas="[0, 1)", eps="[0, ∞)", weight_decay="[0, ∞)", momentum="[0, 1)", dampening="[0, 1]", alpha="[0, 1)", noise_scale="[0, ∞)", noise_decay="[0, 1]"),
-    training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "initial_epochs", "batch_size", "threads")}),
+    training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", initial_epochs="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "batch_size", "threads")}),
     metrics=dict(every="[1, ∞)", bin="[1, ∞)", epochs="[1, ∞)", probe_size="[1, ∞)", dead_threshold="[0, 1]", duplicate_threshold="[0, 1]",
                  dead_size="[0, ∞)", dormant_threshold="[0, 1]", flat_slope="[0, ∞)", saturated_threshold="[0, 1]", gradient_ratio="[0, ∞)", missing_mass="(0, 1)", normality_rows="[3, 5000]", histogram_edges="(0, ∞)"),
     intervention={"l2_init.weight": "[0, ∞)", "continual_backprop.replacement_rate": "[0, 1]", "continual_backprop.decay": "[0, 1)", "continual_backprop.maturity_threshold": "[0, ∞)",
-                  "weight_clipping.bound": "(0, ∞)", "shrink_and_perturb.shrink": "[0, 1]", "shrink_and_perturb.noise": "[0, ∞)", "online_norm.limit": "(0, ∞)"},
+                  "weight_clipping.bound": "(0, ∞)", "shrink_and_perturb.shrink": "[0, 1]", "shrink_and_perturb.noise": "[0, ∞)", "online_norm.limit": "(0, ∞)",
+                  "clone.factor": "[2, ∞)", "clone.noise": "[0, ∞)"},
     logging=dict(checkpoint_seconds="[0, ∞)", snapshot_tasks="[1, ∞)"))
 
 choices = dict(
@@ -203,7 +205,7 @@ choices = dict(
     dataset=dict(normalize=["standardize", "symmetric", "unit", "raw255"]), passage=dict(how=["none", "inputs", "labels", "sampling"]),
     optimizer=dict(implementation=["foreach", "fused"], noise_per=["entry", "tensor"]),
     training=dict(engine=["auto", "torch", "vmap", "compile", "numba"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),
-    intervention={"shrink_and_perturb.when": ["step", "task"]},
+    intervention={"shrink_and_perturb.when": ["step", "task"], "clone.memory": ["reset", "clone"], "scratch.when": ["task", "start"], "wide.when": ["task", "start"]},
     metrics=dict(probe_split=["train", "val", "test"], other_tasks=["none", "past", "all"], normality=["shapiro", "ks", "anderson", "kurtosis"]))
 
 # %% ../nbs/api/03_compose.ipynb #68de3c83

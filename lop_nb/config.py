@@ -9,9 +9,9 @@ __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'Data
            'ClassSplitConfig', 'RandomLabelsConfig', 'PermutedLabelsConfig', 'RotatedInputsConfig', 'BinaryPairsConfig',
            'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'StagesConfig',
            'BitFlipsConfig', 'PassageConfig', 'Adam', 'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig',
-           'L2InitConfig', 'WeightClippingConfig', 'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'InterventionConfig',
-           'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config', 'streams', 'options', 'published', 'streaming',
-           'vgg', 'presets', 'register', 'settings']
+           'L2InitConfig', 'WeightClippingConfig', 'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'CloneConfig',
+           'ScratchConfig', 'InterventionConfig', 'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config',
+           'streams', 'options', 'published', 'streaming', 'vgg', 'presets', 'register', 'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -293,6 +293,21 @@ class OnlineNormConfig:
     "Inputs less their mean, by their standard deviation, over the stream so far"
     limit: float = 10.                   # standard deviations at which an input is cut
 
+
+@dataclass
+class CloneConfig:
+    "Before each task but the first the network's clone takes its place: every unit k times, the function the same"
+    factor: int = 2                      # k
+    noise: float = 0.                    # σ: added to each weight, in units of its layer's root mean square
+    equitable: bool = False              # noise that leaves the function as it is
+    memory: str = "reset"                # what the optimizer remembers: reset: nothing; clone: what the base's does
+    faithful: bool = False               # with the published code's faults
+
+@dataclass
+class ScratchConfig:
+    "Fresh networks of the clone's width, for comparison"
+    when: str = "task"                   # task: before each task but the first; start: from the first on, as wide as the last
+
 # %% ../nbs/api/02_config.ipynb #95cabace
 @dataclass
 class InterventionConfig:
@@ -303,6 +318,9 @@ class InterventionConfig:
     weight_clipping: WeightClippingConfig = field(default_factory=WeightClippingConfig)
     shrink_and_perturb: ShrinkAndPerturbConfig = field(default_factory=ShrinkAndPerturbConfig)
     online_norm: OnlineNormConfig = field(default_factory=OnlineNormConfig)
+    clone: CloneConfig = field(default_factory=CloneConfig)
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    wide: ScratchConfig = field(default_factory=lambda: ScratchConfig(when="start"))
 
 # %% ../nbs/api/02_config.ipynb #e1a03899
 @dataclass
@@ -397,10 +415,10 @@ def options()->dict:
         stream=streams() | dict(all_classes=ClassSplitConfig(tasks=None, classes_per_task=None)),
         passage={how: PassageConfig(how=how) for how in ("none", "inputs", "labels", "sampling")},
         optimizer=dict(adam=Adam(), adamw=AdamW(), sgd=SGD(), rmsprop=RMSprop(), noisysgd=NoisySGD(), plain_sgd=SGD(momentum=0.), digits_adam=Adam(lr=1e-2)),
-        training=dict(digits=TrainingConfig(), continual=published(), standard=published(), streaming=streaming()),
+        training=dict(digits=TrainingConfig(), continual=published(), standard=published(), streaming=streaming(), cloning=TrainingConfig(epochs=20, initial_epochs=5, batch_size=128)),
         metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
-        intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(),
-                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping", "shrink_and_perturb", "online_norm")}))
+        intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(), cloning=InterventionConfig(arms=["backprop", "clone", "scratch"]),
+                          **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping", "shrink_and_perturb", "online_norm", "clone", "scratch", "wide")}))
 
 def published(): return TrainingConfig(epochs=20, batch_size=128, head_reset="zero")
 

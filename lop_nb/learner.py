@@ -333,6 +333,7 @@ def after_epoch(self:Online, learner):
 
 @patch
 def after_task(self:Online, learner):
+    if not self.task: return                                    # no epoch, nothing seen
     self._log(learner, "online", self.task)
     means = self.task.get("batch_means", self.task["loss"])     # of batches of one example they are the losses
     learner.log("train_loss_summed", means / self.task["batches"] * learner.at.epoch, "train")
