@@ -174,8 +174,9 @@ def test_attention_dropout_keeps_clones_and_logits():
     with pytest.warns(UserWarning, match="attend.heads.drop"): big = clone(base, 2)
     logits = []
     for net in (base, big):
+        gen = generator(0, "dropout")
         for m in net.modules():
-            if hasattr(m, "generator"): m.generator = shared = generator(0, "dropout") if m is next(d for d in net.modules() if hasattr(d, "generator")) else shared
+            if hasattr(m, "generator"): m.generator = gen
         with torch.no_grad(): logits.append(net.train()(X))
     assert (logits[0] - logits[1]).abs().max() < 1e-12
 
@@ -193,10 +194,24 @@ def steps(net, optimizer, n, batch=16):
 @pytest.mark.parametrize("kind", KINDS)
 def test_trajectories_are_equal(kind, norm):
     "point 2: 400 steps of SGD (the notebook does batch normalisation)"
+    if (kind, norm) == ("vit", "group"): pytest.skip("chaotic: see the next test")
     base = network(kind, norm); big = clone(base, 2); optimizer = at_pace(torch.optim.SGD(big.parameters(), .01), dict(big.named_parameters()), base, 2)
     before = base.eval()(X).detach()
     after = steps(base, torch.optim.SGD(base.parameters(), .01), 400)
     assert (after - before).abs().max() > .5 and (steps(big, optimizer, 400) - after).abs().max() < 1e-12
+
+
+def test_a_chaotic_trajectory_parts_from_itself():
+    "with group norm over four features of a token, training multiplies a rounding error by 10 in some 20 steps: the clone follows as well as a base with one rounding more"
+    base, twin = network("vit", "group"), network("vit", "group"); big = clone(base, 2); twin.out.weight.data *= 1 + 1e-15
+    optimizers = [torch.optim.SGD(base.parameters(), .01), torch.optim.SGD(twin.parameters(), .01), at_pace(torch.optim.SGD(big.parameters(), .01), dict(big.named_parameters()), base, 2)]
+    gen, gaps = generator(0, "order"), []
+    for _ in range(120):
+        rows = torch.randint(len(TRAIN[1]), (16,), generator=gen)
+        for net, optimizer in zip((base, twin, big), optimizers): optimizer.zero_grad(); nn.functional.cross_entropy(net(TRAIN[0][rows]), TRAIN[1][rows]).backward(); optimizer.step()
+        with torch.no_grad(): z = base(X); gaps.append([(net(X) - z).abs().max() for net in (twin, big)])
+    twins, clones = torch.tensor(gaps).T
+    assert clones[:20].max() < 1e-12 and twins[-1] > 1e-11 and (clones < 100 * twins.cummax(0).values).all()
 
 
 def test_rates_by_hand():
