@@ -240,4 +240,6 @@ def _check_arms(intervention):
     arms = list(intervention.arms)
     if not arms or len(set(arms)) < len(arms): raise LopError(f"intervention.arms={arms}: a study has at least one arm, and each once. For plain training: intervention=backprop.")
     for arm in arms:
-        for part in arm.split("+"): one_of("arm", part, ["backprop", *(k for k in intervention if k != "arms")])
+        parts = [one_of("arm", part, ["backprop", *(k for k in intervention if k != "arms")]) for part in arm.split("+")]
+        if len(parts) > 1 and {"clone", "scratch", "wide"} & {*parts} and {*parts} - {"clone", "scratch", "wide", "weight_clipping", "shrink_and_perturb"} or len({"clone", "scratch", "wide"} & {*parts}) > 1:
+            raise LopError(f"intervention.arms: {arm}: a network that grows goes with weight_clipping and shrink_and_perturb; the others remember something of each unit or weight, and would not know the new ones.")
