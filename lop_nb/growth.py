@@ -8,14 +8,13 @@ Docs: https://lop-nb.github.io/lop_nb/api/growth.html.md"""
 __all__ = ['put', 'Clone', 'Beside', 'Scratch', 'widths']
 
 # %% ../nbs/api/42_growth.ipynb #025191f4
-import torch
 from fastcore.basics import patch
 from .cloning import clone_measures, clone_memory, clone_replicas
 from .config import CloneConfig, ScratchConfig
 from .learner import At, Callback, Evaluate, Learner, Online
 from .monitor import Monitor
 from .replicas import Replicas
-from .runtime import LopError, one_of
+from .runtime import one_of
 
 # %% ../nbs/api/42_growth.ipynb #b4feffd9
 _clone, _scratch = CloneConfig(), ScratchConfig()

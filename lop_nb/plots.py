@@ -134,7 +134,7 @@ def plot_metric(
     return fig
 
 # %% ../nbs/api/43_plots.ipynb #cd1bb525
-overview = "online_accuracy", "test_accuracy", "dead_fraction", "effective_rank"
+overview = "online_accuracy", "test_accuracy", "dead_fraction", "effective_rank", "cloning_r2"
 
 def at_a_glance(
     df # records
@@ -151,7 +151,7 @@ def plot_overview(
     df,      # records
     x="step" # step, examples, task
 )->Picture:
-    "Online accuracy, test accuracy (or the losses), dead units and effective rank over time, a line a run"
+    "Online accuracy, test accuracy (or the losses), dead units, effective rank, and of clones R², over time, a line a run"
     names = at_a_glance(df)
     if not names: pick(df, overview[0])
     t = over_time(over_layers(end_of_task(df[df.metric.isin(names)])), ("run", "metric"))
@@ -183,7 +183,7 @@ def at_ends(
     df # records
 )->list:
     "The metrics that say something at the end of a task: all but those within tasks, on other tasks, and of distributions"
-    return [m for m in df.metric.unique() if not m.startswith(("train_", "binned_", "val_", "other_", "act_means_hist", "act_stds_hist")) and not m.endswith("_before_reset")]
+    return [m for m in df.metric.unique() if not m.startswith(("train_", "binned_", "val_", "other_", "base_", "act_means_hist", "act_stds_hist")) and not m.endswith("_before_reset")]
 
 def save_figures(
     df,    # records
