@@ -20,7 +20,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 from . import data as datasets, figures, plots
-from .compose import compose, expand
+from .compose import compose, expand, grids, size_of
 from .config import options, presets
 from .experiments import plan, run_study, verify
 from .records import read_records
@@ -69,6 +69,7 @@ run_help = """lop-run trains networks on a sequence of tasks and records how the
   lop-run +experiment=bit-flipping                 a stream of single examples, 5 million of them
   lop-run hydra.run.dir=runs/a                     choose the folder
   lop-run hydra.run.dir=runs/a resume=true         go on with a run that was stopped or killed
+  lop-run training=cloning model=mlp dataset=mnist a network, its clone of twice the width, and one from scratch
   lop-run --multirun optimizer.lr=0.001,0.003,0.01 a sweep, a folder each
   lop-run --cfg job                                print the settings and stop
   lop-run dryrun=true                              build everything, train nothing
@@ -76,7 +77,7 @@ run_help = """lop-run trains networks on a sequence of tasks and records how the
 
 def _help_text():
     groups = "\n".join(f"  {g + '=':14} {', '.join(o)}" for g, o in options().items())
-    return f"{run_help}\nOptions (choose with group=name):\n{groups}\nPresets (+experiment=NAME): {', '.join(presets())}\n\nAll settings and their defaults:\n\n$CONFIG\n"
+    return f"{run_help}\nOptions (choose with group=name):\n{groups}\nPresets (+experiment=NAME): {', '.join(presets())}\nGrids (--multirun +experiment=NAME): {', '.join(grids)}\n\nAll settings and their defaults:\n\n$CONFIG\n"
 
 # %% ../nbs/api/46_cli.ipynb #ee4158d4
 def _register():
@@ -144,8 +145,9 @@ def run():
     flags = [a for a in sys.argv[1:] if a not in args.overrides]
     asks = args.help or args.hydra_help
     with messages("lop-run"):
-        if not asks: compose(args.overrides, verify)
+        if not asks: first = compose(args.overrides, verify)
         if not (asks or args.cfg or args.info): writable(args.overrides)
+        if args.multirun and not asks: print(f"Sweep:   {size_of(args.overrides)} runs of {first.training.replicas} replicas")
         sys.argv[1:] = expand(args.overrides) + flags
         done.clear(); _study(); finish_sweep()
 

@@ -479,6 +479,14 @@ def _of_the_grid(): # what its analysis measures, and its thresholds
                 bin=1000, duplicate_threshold=.98, gradient_ratio=.05, saturated_threshold=.8)
 
 # %% ../nbs/api/02_config.ipynb #d4e13d63
+def _cloned(model, dataset, epochs, stages=2):
+    return _choose(training="cloning", model=model, dataset=dataset, stream="stages", optimizer="adam", intervention="cloning") | dict(training=dict(epochs=epochs, initial_epochs=epochs), stream=dict(tasks=stages))
+
+def _cloning():
+    return {"mlp-mnist": _cloned("mlp", "mnist", 20), "multi-expansion": _cloned("mlp", "mnist", 15, 4), "custom": _cloned("mlp", "mnist", 20),
+            **{f"{net}-cifar10": _cloned(net, "cifar10", 30) for net in ("cnn", "resnet", "vit")}}
+
+# %% ../nbs/api/02_config.ipynb #2f6933a9
 def presets()->dict:
     "Published settings, for `+experiment=NAME`"
     pairs = dict(stream="class_split", optimizer="adam", training="continual", intervention="backprop")
@@ -493,6 +501,7 @@ def presets()->dict:
         "streaming/input_permuted/adam": _upgd(1e-4, dict(tasks=200, examples=5000), 1., 1e-2, (1e-2, .1), dict(optimizer="adam")),
         "streaming/label_permuted": _upgd(1e-2, dict(tasks=400, examples=2500), 2., 1e-3, (1e-3, 1e-2), dict(stream="permuted_labels")),
         "streaming/label_permuted/cifar10": _cifar(),
+        **{f"cloning/{name}": study for name, study in _cloning().items()},
         "mlp_mnist": _choose(model="mlp", dataset="mnist", **pairs) | dict(model=dict(hidden_sizes=[256, 128, 64]), optimizer=dict(lr=2e-3), training=dict(epochs=15, batch_size=64), metrics=dict(epochs=3)),
         "cnn_cifar10": _choose(model="cnn", dataset="cifar10", **pairs) | dict(model=dict(conv_channels=[32, 64, 128], fc_hidden_units=[256], dropout_p=.2)),
         "resnet_cifar10": _choose(model="resnet", dataset="cifar10", metrics="block_outputs", **pairs),
