@@ -1,4 +1,4 @@
-"""Rows A26, A32 to A39, A41, A45 to A47 and B12 to B14 of the sources: training, and what is seen of it."""
+"""Rows A26, A32 to A38, A45 to A47 and B12 to B14 of the sources: training, and what is seen of it."""
 import os
 from functools import partial
 
@@ -121,17 +121,6 @@ def test_A38_standard_training():
     assert (len(learner.stream), learner.epochs, task.active) == (1, 20, None) and task.classes.all()
     logits, y = torch.randn(1, 8, 10), torch.randint(10, (1, 8))
     assert torch.allclose(task.loss(logits, y)[0], F.cross_entropy(logits[0], y[0], reduction="none"))
-
-
-@pytest.mark.parametrize("key", ["training=cloning", "training.initial_epochs=5", "training.expansion_factor=2", "training.track_base=true"])
-def test_A39_cloning(key):
-    "Not yet: cloning studies are refused with a message"
-    with pytest.raises(LopError, match="Cloning is not in this version"): compose([key])
-
-
-def test_A41_repeated_expansion():
-    "Not yet: repeated expansion is refused with a message"
-    with pytest.raises(LopError, match="Cloning is not in this version"): compose(["training.num_expansions=3"])
 
 
 NETS = dict(mlp=lambda: MLP(64, 10, hidden_sizes=[8, 8], dropout_p=0.), cnn=lambda: CNN(1, 8, 10, conv_channels=[4, 4], fc_hidden_units=[8], pool_type="avg", dropout_p=0.),

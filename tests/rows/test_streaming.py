@@ -157,6 +157,15 @@ def test_A78_binned_error_and_measures_of_units():
     assert mean(units, "dead_fraction", replica=1, task=1) == pytest.approx(((h[1] <= 1e-7).double().mean(0) >= .95).double().mean().item())
 
 
+def test_A61_what_is_logged():
+    "the step, the error of each bin with the bin's end, and the measures of the hidden layer, over true steps"
+    _, (learner, *_) = study(*BITS, "intervention.arms=[backprop]", "training.T=1000", "stream.tasks=2", "training.bin_size=250")
+    df = learner.fit().records; bins = df[(df.metric == "binned_loss") & (df.replica == 0)]
+    assert bins.step.tolist() == bins.examples.tolist() == [*range(250, 2001, 250)]
+    units = df[(df.layer == "act_0") & (df.replica == 0)]
+    assert set(units.metric) == {"dead_fraction", "duplicate_fraction", "effective_rank", "stable_rank", "saturated_gradient_fraction", "non_gaussianity", "weight_norm"} and set(units.step) == {1000, 2000}
+
+
 def test_A79_what_is_left_on_disk(tmp_path):
     "the history of a run, which bit flipped when, and the networks, as files; `save_model`, which the source ignores, is not needed"
     words = (*BITS, "training.T=200", "stream.tasks=5")
