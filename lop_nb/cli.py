@@ -147,7 +147,8 @@ def run():
     with messages("lop-run"):
         if not asks: first = compose(args.overrides, verify)
         if not (asks or args.cfg or args.info): writable(args.overrides)
-        if args.multirun and not asks: print(f"Sweep:   {size_of(args.overrides)} runs of {first.training.replicas} replicas")
+        if (n := 1 if asks else size_of(args.overrides)) > 1 and not args.multirun: raise LopError(f"These words ask for {n} runs. Add --multirun, or choose one value of each setting.")
+        if n > 1: print(f"Sweep:   {n} runs of {first.training.replicas} replicas")
         sys.argv[1:] = expand(args.overrides) + flags
         done.clear(); _study(); finish_sweep()
 
