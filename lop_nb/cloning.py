@@ -7,7 +7,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/cloning.html.md"""
 # %% auto #0
 __all__ = ['scale_free', 'powers', 'sides', 'axis_blocks', 'block_means', 'enlarge', 'resize', 'rescale', 'factors_of', 'tensors',
            'unclaimed', 'verify', 'clone', 'published_columns', 'published_faults', 'clone_partition', 'add_noise',
-           'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory', 'block_r2', 'published_r2',
+           'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory', 'block_variance', 'block_r2', 'published_r2',
            'published_score', 'activation_similarity', 'clone_measures']
 
 # %% ../nbs/api/39_cloning.ipynb #78c4c94b
@@ -23,7 +23,7 @@ from .monitor import as_rows, with_gradients
 from .optimizers import ElementAdam
 from .replicas import Replicas
 from .runtime import LopError, generator, one_of
-from .units import UnitGraph, as_index, misfits, positions
+from .units import UnitGraph, misfits, positions
 
 # %% ../nbs/api/39_cloning.ipynb #d40e38aa
 def sides(
@@ -337,16 +337,22 @@ def _remembered(optimizer, key, value, p, owners, factors, leading):
     return enlarge(value, owners, factors, power, 0, leading)
 
 # %% ../nbs/api/39_cloning.ipynb #fa4c76a2
+def block_variance(
+    h:torch.Tensor,    # Activations, or their gradients [..., N, D]
+    blocks:torch.Tensor# int64 [D]: the block of each unit, as in a partition
+)->torch.Tensor:       # [...]: 0 if units of a block agree; NaN if all units of the layer do
+    "1 - R², without the rounding of a difference: the share of the variance between units that lies within their blocks"
+    x = double(checked(h, "block_variance")); x = x - x[..., :1]                     # what is common to all plays no part
+    within, total = (x - m for m in (block_means(x, -1, blocks), x.mean(-1, keepdim=True)))
+    return within.square().sum((-2, -1)) / total.square().sum((-2, -1))
+
 def block_r2(
     h:torch.Tensor,     # Activations, or their gradients [..., N, D]
     blocks:torch.Tensor,# int64 [D]: the block of each unit, as in a partition
     corrected=False     # Zero where units of a block have no more to do with each other than with the rest?
 )->torch.Tensor:        # [...]: 1 if units of a block agree; NaN if all units of the layer do
     "Share of the variance between units that their blocks explain"
-    x = double(checked(h, "block_r2")); x = x - x[..., :1]                           # what is common to all plays no part
-    within, total = (x - m for m in (block_means(x, -1, blocks), x.mean(-1, keepdim=True)))
-    r2 = 1 - within.square().sum((-2, -1)) / total.square().sum((-2, -1))
-    chance = (int(blocks.max()) / (len(blocks) - 1)) if corrected else 0.
+    r2, chance = 1 - block_variance(h, blocks), int(blocks.max()) / (len(blocks) - 1) if corrected else 0.
     return answer((r2 - chance) / (1 - chance), h)
 
 # %% ../nbs/api/39_cloning.ipynb #ae9f991a
@@ -389,7 +395,7 @@ def clone_measures(
         if (k := g_big.size // g.size) < 2: continue
         blocks = torch.arange(g_big.size) // k
         for way, h in ("forward", its[g_big.site]), ("backward", signals[g_big.site]):
-            found |= {(g.name, f"r2_{way}"): block_r2(h, blocks), (g.name, f"r2_{way}_corrected"): block_r2(h, blocks, True), (g.name, f"r2_{way}_published"): published_r2(h, k)}
+            found |= {(g.name, f"variance_{way}"): block_variance(h, blocks), (g.name, f"r2_{way}"): block_r2(h, blocks), (g.name, f"r2_{way}_corrected"): block_r2(h, blocks, True), (g.name, f"r2_{way}_published"): published_r2(h, k)}
         found[g.name, "activation_similarity"] = activation_similarity(hers[g.site], its[g_big.site], blocks)
     return found | _of_all(found) | {("", "logit_gap"): _logit_gap(base, big, x)}
 
