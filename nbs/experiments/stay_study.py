@@ -1,8 +1,8 @@
 """Who stays a clone: the table of 39_cloning.ipynb. `OMP_NUM_THREADS=1 python nbs/experiments/stay_study.py`
 
 Four networks, cloned by 3, are trained for 400 steps on the digits by each rule, in float64 unless it says otherwise: once from copies, once from an equitable
-start (copies, and noise that leaves the function as it is). Seed 0 throughout. One row for each, with the departure 1 - R² of the worst layer, forward or backward,
-goes to nbs/experiments/results/stay.parquet. About four minutes of one core.
+start (copies, and noise that leaves the function as it is). Seed 0 throughout. The departure 1 - R² of the worst layer, forward or backward, is read every 20 steps
+and goes to nbs/experiments/results/stay.parquet. Two minutes of one core.
 """
 import os
 import socket
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from lop_nb.cloning import add_noise, clone_measures, clone_partition, clone_replicas, factors_of, tensors
+from lop_nb.cloning import add_noise, axis_blocks, block_means, clone_measures, clone_partition, clone_replicas, factors_of, sides, tensors
 from lop_nb.data import load
 from lop_nb.models import CNN, MLP, ResNet, ViT
 from lop_nb.optimizers import NoisySGD
@@ -61,6 +61,13 @@ class Muon(torch.optim.Optimizer):
         return x
 
 
+def exactly(nets, k=3):
+    "take off what rounding has made of gradients that are constant in blocks"
+    owners, partition = sides(nets.graph), {g.name: torch.arange(g.size) // k for g in nets.graph}
+    for n, p in nets.params.items():
+        for axis in {s.axis for _, s, _ in owners[n]}: p.grad = block_means(p.grad, axis + 1, axis_blocks(owners[n], axis, partition))
+
+
 def clip_norm(nets):
     "each replica's gradient to norm 1 at most"
     norm = torch.stack([p.grad.flatten(1).square().sum(1) for p in nets.params.values()]).sum(0).sqrt()
@@ -84,7 +91,7 @@ def plain(make, **kw): return lambda params, nets: make(params, **kw)
 
 
 sgd, adam = plain(torch.optim.SGD, lr=.02), plain(torch.optim.Adam, lr=.003)
-# rule: (optimizer, what else, does it stay from copies, and from an equitable start?, why)
+# rule: (optimizer, what else, does it stay from copies, and from an equitable start?, why); None: as far as rounding lets it
 rules = {
     "SGD": (sgd, {}, True, True, "gradients are constant in blocks"),
     "SGD, momentum": (plain(torch.optim.SGD, lr=.005, momentum=.9), {}, True, True, "so are sums of them"),
@@ -94,9 +101,10 @@ rules = {
     "Adam": (adam, {}, True, True, "equal histories make equal steps"),
     "AdamW, decay .1": (plain(torch.optim.AdamW, lr=.003, weight_decay=.1), {}, True, True, "decay is apart from the quotient"),
     "RMSprop": (plain(torch.optim.RMSprop, lr=.001), {}, True, True, "equal histories make equal steps"),
-    "Muon": (lambda params, nets: Muon(params), {}, True, True, "a polynomial of a matrix that is constant in blocks is so too"),
-    "Adam, coupled L2": (plain(torch.optim.Adam, lr=.003, weight_decay=.01), {}, True, False, "the quotient sees the weights themselves, which differ in a block"),
-    "Adam, coupled L2, k = 2": (plain(torch.optim.Adam, lr=.003, weight_decay=.01), dict(k=2), True, True, "two clones of each differ by a sign, and stay so"),
+    "Muon": (lambda params, nets: Muon(params), {}, None, None, "a polynomial of a matrix constant in blocks is so too, but it makes small singular values large, and rounding is one"),
+    "Muon, rounding taken off": (lambda params, nets: Muon(params), dict(clip=exactly), True, True, "then it stays"),
+    "Adam, coupled L2": (plain(torch.optim.Adam, lr=.003, weight_decay=.01), {}, True, False, "the quotient sees the weights themselves, and equitable ones differ"),
+    "Adam, coupled L2, k = 2": (plain(torch.optim.Adam, lr=.003, weight_decay=.01), dict(k=2), True, True, "both rows of a 2×2 block hold the same two numbers"),
     "Adam, uneven state": (adam, dict(prepare=uneven), False, False, "equal gradients, unequal histories"),
     "noisy SGD": (noisy(1.), {}, False, False, "each weight draws for itself"),
     "noisy SGD, one kick": (noisy(0.), {}, False, False, "one step off is enough"),
@@ -109,17 +117,17 @@ data = load("digits")
 inputs, labels = data.scale(data.train.x, "standardize"), data.train.y
 
 
-def train(nets, optimizer, steps, clip=None, autocast=False, share=slice(None), average=None):
-    "`steps` steps of batches of 16, the same for all replicas; of each batch `share`"
+def train(nets, optimizer, steps, clip=None, autocast=False, share=slice(None), average=None, look=None):
+    "`steps` steps of batches of 16, the same for all replicas; of each batch `share`; `look` every 20 steps"
     gen, x = generator(0, "order"), inputs.to(nets.dtype); nets.train()
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         rows = torch.randint(len(labels), (16,), generator=gen)[share]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast): out = nets(x[rows].expand(len(nets), *x[rows].shape))
         losses = nn.functional.cross_entropy(out.to(nets.dtype).flatten(0, 1), labels[rows].repeat(len(nets)), reduction="none")
         nets.backward(losses.view(len(nets), -1))
-        if average: average(nets)
-        if clip: clip(nets)
+        for change in filter(None, (average, clip)): change(nets)
         optimizer.step()
+        if look and step % 20 == 0: look(step)
 
 
 def departure(base, big, n=64):
@@ -131,13 +139,13 @@ def departure(base, big, n=64):
 
 
 def stay(kind, rule, steps=400):
-    "Departures [copies, equitable start] after `steps`"
-    make, how, *_ = rules[rule]; how = dict(how)
+    "{step: departures [copies, equitable start]}"
+    make, how, *_ = rules[rule]; how, found = dict(how), {}
     base, big = start(kind, how.pop("k", 3), **{a: how.pop(a) for a in ("dtype", "dropout_p", "attn_drop_rate") if a in how})
     optimizer, prepare = make(big.params.values(), big), how.pop("prepare", None)
     if prepare: prepare(optimizer, big)
-    train(big, optimizer, steps, **how)
-    return departure(base, big).tolist()
+    train(big, optimizer, steps, look=lambda step: found.update({step: departure(base, big).tolist()}), **how)
+    return found
 
 
 def cases(): return [(kind, rule) for kind in networks for rule in rules if kind == "vit" or rule != "attention dropout .1"]
@@ -164,8 +172,9 @@ def data_parallel(steps=400):
 
 if __name__ == "__main__":
     torch.set_num_threads(1); rows = []
-    for kind, rule in cases():
-        rows += [dict(network=kind, rule=rule, start=s, departure=d, stays=e, why=rules[rule][4]) for s, d, e in zip(("copies", "equitable"), stay(kind, rule), rules[rule][2:4])]
-        print(*(f"{r['network']:8}{r['rule']:28}{r['start']:11}{r['departure']:.1e}" for r in rows[-2:]), sep="\n", flush=True)
-    for kind, (values, _) in data_parallel().items(): rows += [dict(network=kind, rule="SGD, two processes", start=s, departure=d, stays=True, why="a mean of what is constant in blocks") for s, d in zip(("copies", "equitable"), values)]
+    def keep(kind, rule, found, stays, why):
+        rows.extend(dict(network=kind, rule=rule, start=s, step=step, departure=d, stays=e, why=why) for step, pair in found.items() for s, d, e in zip(("copies", "equitable"), pair, stays))
+        print(f"{kind:8}{rule:28}", *(f"{d:.1e}" for d in found[max(found)]), flush=True)
+    for kind, rule in cases(): keep(kind, rule, stay(kind, rule), *(rules[rule][i] for i in (slice(2, 4), 4)))
+    for kind, (pair, _) in data_parallel().items(): keep(kind, "SGD, two processes", {400: pair}, (True, True), "a mean of what is constant in blocks")
     pd.DataFrame(rows).to_parquet(Path(__file__).parent/"results"/"stay.parquet")
