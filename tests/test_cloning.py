@@ -4,15 +4,17 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from lop_nb.cloning import at_pace, axis_blocks, block_means, clone, clone_memory, clone_partition, clone_replicas, enlarge, factors_of, rates, sides, tensors
+from lop_nb.cloning import activation_similarity, at_pace, axis_blocks, block_means, block_r2, block_variance, clone, clone_measures, clone_memory, clone_partition, clone_replicas, enlarge, factors_of, published_r2, published_score, rates, sides, tensors
 from lop_nb.data import load
 from lop_nb.layers import Group, Slice, reads_of
 from lop_nb.models import CNN, MLP, ResNet, ViT
 from lop_nb.optimizers import ElementAdam
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError, generator, seeded
+from lop_nb.streams import PermutedPixels
 from lop_nb.units import UnitGraph, faults
 
 KINDS = dict(mlp=partial(MLP, 64, 10, [8, 6], dropout_p=0.), cnn=partial(CNN, 1, 8, 10, [4, 6], fc_hidden_units=[8], dropout_p=0.),
@@ -269,3 +271,63 @@ def test_noise_is_each_replicas_own_and_repeats():
     Δ = one.params["linear_1.weight"] - clone_replicas(nets, 2).params["linear_1.weight"]; w = clone_replicas(nets, 2).params["linear_1.weight"]
     z = Δ / (.1 * w.square().mean((1, 2), keepdim=True).sqrt()); n = z[0].numel()
     assert (z.mean((1, 2)).abs() < 4 / n**.5).all() and ((z.square().mean((1, 2)) - 1).abs() < 4 * (2 / n)**.5).all()
+
+
+# ---- measures ----
+def slow_r2(h, blocks):
+    "1 - within / total, number by number in float64"
+    h = h.double().tolist(); within = total = 0.
+    for row in h:
+        mean = sum(row) / len(row)
+        for u, v in enumerate(row):
+            mates = [w for w, b in zip(row, blocks) if b == blocks[u]]
+            within += (v - sum(mates) / len(mates))**2; total += (v - mean)**2
+    return 1 - within / total
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(2, 5), st.integers(2, 4))
+def test_r2_by_hand_and_its_symmetries(seed, n, groups, k):
+    gen = torch.Generator().manual_seed(seed); h = torch.randn(2, n, groups * k, generator=gen); blocks = torch.arange(groups * k) // k
+    r2 = block_r2(h, blocks)
+    for r in range(2): assert abs(r2[r] - slow_r2(h[r], blocks.tolist())) < 1e-5
+    order = torch.randperm(groups * k, generator=gen)
+    for same in (block_r2(h[..., order], blocks[order]), block_r2(3 * h, blocks), block_r2(h + 5 * torch.randn(2, n, 1, generator=gen), blocks)): assert (same - r2).abs().max() < 1e-4
+    assert (1 - block_variance(h, blocks) - r2).abs().max() < 1e-6
+    clones = h[..., :groups].repeat_interleave(k, -1)
+    assert (block_r2(clones, blocks) == 1).all() and (block_r2(clones, blocks, True) == 1).all() and (block_variance(clones, blocks) == 0).all() and (published_r2(clones, k) == 1).all()
+
+
+def test_chance_of_r2():
+    "exchangeable units: (B - 1)/(D - 1), which is taken off; blocks of unequal size too"
+    gen = torch.Generator().manual_seed(0); blocks = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3]); h = torch.randn(200, 100, 9, generator=gen).exp()
+    assert abs(block_r2(h, blocks).mean() - 3/8) < .01 and abs(block_r2(h, blocks, True).mean()) < .015
+
+
+def test_measures_of_the_degenerate():
+    blocks = torch.arange(6) // 2
+    assert block_r2(torch.ones(4, 6), blocks).isnan() and published_r2(torch.zeros(4, 6), 2) == 1           # the source counts silence as success
+    assert block_r2(torch.full((4, 6), torch.nan), blocks).isnan() and block_r2(torch.randn(4, 6).to(torch.bfloat16), blocks).dtype == torch.float32
+    with pytest.raises(LopError, match="at least one of each"): block_r2(torch.ones(0, 6), blocks)
+    h = torch.rand(5, 3); big = h.repeat_interleave(2, 1)
+    assert abs(activation_similarity(h, big, blocks) - 1) < 1e-6 and abs(activation_similarity(h, -big, blocks) + 1) < 1e-6
+    h[:, 1] = 0; assert abs(activation_similarity(h, big, blocks) - 1) < 1e-6                               # silent units are left out
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 9])
+def test_published_score(layers):
+    "(2L + 1/2)/(2L + 1) for a perfect clone"
+    ones = [torch.ones(3)] * layers
+    assert torch.allclose(published_score(ones, ones), torch.tensor((2 * layers + .5) / (2 * layers + 1)))
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_measures_of_networks(strategy):
+    "some layers only; both ways of advancing replicas; the state that was found is left"
+    nets = Replicas(partial(KINDS["cnn"], normalization="batch"), [0, 1], strategy, dtype=torch.float64); big = clone_replicas(nets, {"act_1": 2}, noise=.5)
+    task = PermutedPixels(DATA, seeds=[0, 1], tasks=1)[0]; x, y = X.expand(2, *X.shape), Y.expand(2, -1)
+    found = clone_measures(nets.train(), big.train(), task, x, y)
+    assert {name for name, _ in found} == {"act_1", ""} and all(v.shape == (2,) and v.isfinite().all() for v in found.values()) and big.modules[0].training
+    with torch.no_grad(): gap = (big.train(False)(x) - nets.train(False)(x)).abs().amax((1, 2))
+    assert torch.equal(found["", "logit_gap"], gap) and (gap > 1e-3).all() and (found["act_1", "r2_forward"] < 1).all()
+    assert torch.allclose(found["", "r2"], (found["act_1", "r2_forward"] + found["act_1", "r2_backward"]) / 2)

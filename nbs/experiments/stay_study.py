@@ -48,7 +48,7 @@ def start(kind, k=3, dtype=torch.float64, **drop):
 
 class Muon(torch.optim.Optimizer):
     "Momentum whose matrices are made orthogonal by five steps of a polynomial (Jordan et al., 2024), for [R, out, …]; the rest by SGD"
-    def __init__(self, params, lr=.01, momentum=.9): super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, params, lr=.01, momentum=.9, dtype=None): super().__init__(params, dict(lr=lr, momentum=momentum)); self.dtype = dtype
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -56,9 +56,9 @@ class Muon(torch.optim.Optimizer):
                 m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
                 p -= group["lr"] * (self.orthogonal(m.flatten(2)).view_as(m) if p.ndim > 2 else m)
     def orthogonal(self, m):
-        x = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        x = (m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(self.dtype or m.dtype)
         for _ in range(5): g = x @ x.mT; x = 3.4445 * x + (-4.7750 * g + 2.0315 * g @ g) @ x
-        return x
+        return x.to(m.dtype)
 
 
 def exactly(nets, k=3):
@@ -101,8 +101,9 @@ rules = {
     "Adam": (adam, {}, True, True, "equal histories make equal steps"),
     "AdamW, decay .1": (plain(torch.optim.AdamW, lr=.003, weight_decay=.1), {}, True, True, "decay is apart from the quotient"),
     "RMSprop": (plain(torch.optim.RMSprop, lr=.001), {}, True, True, "equal histories make equal steps"),
-    "Muon": (lambda params, nets: Muon(params), {}, None, None, "a polynomial of a matrix constant in blocks is so too, but it makes small singular values large, and rounding is one"),
-    "Muon, rounding taken off": (lambda params, nets: Muon(params), dict(clip=exactly), True, True, "then it stays"),
+    "Muon": (lambda params, nets: Muon(params), {}, None, None, "so are polynomials of them; but small singular values grow, rounding too"),
+    "Muon, rounding taken off": (lambda params, nets: Muon(params), dict(clip=exactly), True, True, "and without rounding it stays"),
+    "Muon in bfloat16": (lambda params, nets: Muon(params, dtype=torch.bfloat16), {}, True, True, "small differences are rounded away before they can grow"),
     "Adam, coupled L2": (plain(torch.optim.Adam, lr=.003, weight_decay=.01), {}, True, False, "the quotient sees the weights themselves, and equitable ones differ"),
     "Adam, coupled L2, k = 2": (plain(torch.optim.Adam, lr=.003, weight_decay=.01), dict(k=2), True, True, "both rows of a 2×2 block hold the same two numbers"),
     "Adam, uneven state": (adam, dict(prepare=uneven), False, False, "equal gradients, unequal histories"),
