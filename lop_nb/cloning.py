@@ -91,12 +91,11 @@ def resize(
     factor=1# k, for a normalisation
 ):
     "Let a module's own sizes say what its parameters have become"
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        for axis, names in enumerate((("out_features", "out_channels"), ("in_features", "in_channels"))):
-            for n in names:
-                if hasattr(module, n): setattr(module, n, module.weight.shape[axis])
-    for n in "num_features", "num_channels", "normalized_shape":
-        if hasattr(module, n): setattr(module, n, tuple(factor * w for w in module.normalized_shape) if n == "normalized_shape" else factor * getattr(module, n))
+    if isinstance(module, nn.Linear): module.out_features, module.in_features = module.weight.shape
+    if isinstance(module, nn.Conv2d): module.out_channels, module.in_channels = module.weight.shape[:2]
+    for n in "num_features", "num_channels":
+        if hasattr(module, n): setattr(module, n, factor * getattr(module, n))
+    if isinstance(module, nn.LayerNorm): module.normalized_shape = tuple(factor * w for w in module.normalized_shape)
 
 # %% ../nbs/api/39_cloning.ipynb #d1d6933d
 def rescale(
@@ -215,7 +214,7 @@ def published_faults(
     factors # {group name: k}
 ):
     "Make of an exact clone what source A's code makes: DA7, DA8, DA9"
-    for g in graph:
+    for g in (g for g in graph if factors[g.name] > 1):
         k = factors[g.name]
         for m in models if g.product else (): rescale(m, g, k**-.5)
         for s in g.writes:

@@ -331,3 +331,19 @@ def test_measures_of_networks(strategy):
     with torch.no_grad(): gap = (big.train(False)(x) - nets.train(False)(x)).abs().amax((1, 2))
     assert torch.equal(found["", "logit_gap"], gap) and (gap > 1e-3).all() and (found["act_1", "r2_forward"] < 1).all()
     assert torch.allclose(found["", "r2"], (found["act_1", "r2_forward"] + found["act_1", "r2_backward"]) / 2)
+
+
+def test_a_standardized_input_is_cloned_too():
+    "what online training has put before the network belongs to no unit, and is kept"
+    nets = Replicas(partial(MLP, 64, 10, [8], normalization="none", dropout_p=0.), [0, 1], dtype=torch.float64); nets.standardize(torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8) + 1, 3.)
+    big = clone_replicas(nets, 2); x = X.expand(2, *X.shape)
+    with nets.evaluating(), big.evaluating(): assert (nets(x) - big(x)).abs().max() < 1e-12
+
+
+def test_the_published_faults_are_of_cloned_groups_only():
+    base = network("cnn", "group").eval()
+    some = clone(base, {"fc_act_0": 3}, faithful=True).eval()
+    with torch.no_grad(): assert (some(X) - base(X)).abs().max() < 1e-12
+    nets = Replicas(partial(KINDS["vit"], normalization="group"), [0, 1], dtype=torch.float64); big = clone_replicas(nets, 3, faithful=True)
+    alone = clone(nets.modules[1], 3, faithful=True).eval(); x = X.expand(2, *X.shape)
+    with torch.no_grad(): assert torch.allclose(big.train(False)(x)[1], alone(X), rtol=0, atol=1e-12)
