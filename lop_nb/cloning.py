@@ -244,6 +244,7 @@ def add_noise(
     partition=None # Of the units: keep what each block gives to each unit and gets from it; None: noise without bounds
 ):
     "Add σ·rms(W)·z to each replica's weights"
+    if not noise >= 0: raise LopError(f"noise={noise}: the size of noise at cloning, relative to each layer's weights, must be at least 0.")
     if None in generators: raise LopError("Noise is drawn from a generator: pass generator=runtime.generator(seed, \"clone\").")
     for name, owners in sides(graph).items():
         if all(kind == "own" for *_, kind in owners): continue

@@ -94,6 +94,21 @@ def test_the_base_is_left_alone_and_the_graph_of_the_clone_is_right(kind):
     assert faults(clone(base, 2, {"mlp": ["act_0"], "cnn": ["act_1"], "resnet": ["layer1_block0.branch.act_0"], "vit": ["block_1.mlp.act_0"]}[kind]), X[:24]) == []
 
 
+OTHERS = dict(no_bias=partial(MLP, 64, 10, [8, 6], bias=False, normalization="layer"), act_norm=partial(MLP, 64, 10, [8, 6], norm_after_activation=True), linear=partial(MLP, 64, 10, []),
+              leaky=partial(MLP, 64, 10, [8], activation="leaky_relu", normalization="group"), no_pool=partial(CNN, 1, 8, 10, [4], pool_type="none", fc_hidden_units=[]),
+              strided=partial(CNN, 1, 8, 10, [4, 4], strides=[2], paddings=[2], pool_size=[1], norm_after_activation=True, normalization="group"),
+              stem=partial(ResNet, 1, 16, 10, [2, 1], 4, stem="7x7", norm_after_activation=True), deep=partial(ResNet, 1, 8, 10, [1, 2, 1], 2, normalization="group"),
+              no_qkv_bias=partial(ViT, 1, 8, 10, patch_size=3, embed_dim=9, depth=2, n_heads=3, qkv_bias=False, mlp_ratio=.7, attn_drop_rate=0.), no_blocks=partial(ViT, 1, 8, 10, patch_size=4, embed_dim=4, depth=0, n_heads=1))
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_shapes(name):
+    base = OTHERS[name](dropout_p=0.).double(); x = torch.randn(20, 1, 16, 16, dtype=torch.float64, generator=generator(0, "example")) if name == "stem" else X
+    with torch.no_grad():
+        for p in base.parameters(): p += .3 * torch.randn(p.shape, generator=generator(0, "shake"), dtype=p.dtype)
+        big = clone(clone(base, 3), 2)
+        for mode in (True, False): assert (big.train(mode)(x) - base.train(mode)(x)).abs().max() < 1e-12
+
+
 def test_width_by_width():
     "16 → 32 → 64 → 128, some layers only, factors of their own"
     base = MLP(64, 10, [16, 16], normalization="batch", dropout_p=0.).double(); big = base
@@ -168,6 +183,7 @@ def test_dropout_is_said_once():
         warnings.simplefilter("always"); clone(CNN(1, 8, 10, [4], fc_hidden_units=[8, 8], dropout_p=.1), 2); clone(CNN(1, 8, 10, [4], fc_hidden_units=[8, 8], dropout_p=0.), 2)
     assert len(said) == 1 and "fc_drop_0, fc_drop_1" in str(said[0].message) and said[0].filename == __file__
     with pytest.raises(LopError, match="drawn from a generator"): clone(network("mlp"), 2, noise=.1)
+    with pytest.raises(LopError, match="must be at least 0"): clone(network("mlp"), 2, noise=-.1, generator=generator(0, "clone"))
 
 
 def test_attention_dropout_keeps_clones_and_logits():
