@@ -116,6 +116,7 @@ def factors_of(
 )->dict:        # {group name: k}, both ends and those that stay at 1
     "The factor of each group; `LopError` for one that can't be"
     hidden = {g.name: g for g in graph}
+    if isinstance(factor, dict) and layers is not None: raise LopError("Say which layers are cloned once: factor={group: k}, or one factor and layers=[group, …].")
     wanted = factor if isinstance(factor, dict) else dict.fromkeys(hidden if layers is None else layers, factor)
     for name, k in wanted.items():
         one_of("hidden group of units to clone", name, hidden)

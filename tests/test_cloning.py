@@ -148,6 +148,7 @@ def test_bad_factors():
     for end in ("inputs", "outputs"):
         with pytest.raises(LopError, match="Choices: act_0, act_1"): clone(base, {end: 2})
     with pytest.raises(LopError, match="must share one factor"): clone(network("vit"), {"block_1.attend.heads.q": 2})
+    with pytest.raises(LopError, match="which layers are cloned once"): clone(base, {"act_0": 2}, ["act_0"])
 
 
 def test_networks_that_do_not_say_enough():
