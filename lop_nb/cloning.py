@@ -7,8 +7,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/cloning.html.md"""
 # %% auto #0
 __all__ = ['scale_free', 'powers', 'sides', 'axis_blocks', 'block_means', 'enlarge', 'resize', 'rescale', 'factors_of', 'tensors',
            'unclaimed', 'verify', 'clone', 'published_columns', 'published_faults', 'clone_partition', 'add_noise',
-           'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory', 'block_r2', 'published_r2',
-           'published_score', 'activation_similarity', 'clone_measures']
+           'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory', 'block_variance', 'block_r2', 'published_r2',
+           'published_score', 'feature_alignment', 'activation_similarity', 'clone_measures']
 
 # %% ../nbs/api/39_cloning.ipynb #78c4c94b
 import copy, warnings
@@ -23,7 +23,7 @@ from .monitor import as_rows, with_gradients
 from .optimizers import ElementAdam
 from .replicas import Replicas
 from .runtime import LopError, generator, one_of
-from .units import UnitGraph, as_index, misfits, positions
+from .units import UnitGraph, misfits, positions
 
 # %% ../nbs/api/39_cloning.ipynb #d40e38aa
 def sides(
@@ -45,7 +45,7 @@ def axis_blocks(
     "The block of each position along an axis"
     mine, labels, n = sorted([(g, s) for g, s, _ in owners if s.axis == axis], key=lambda o: o[1].start), [], 0
     for g, s in mine:
-        units = partition.get(g.name, torch.arange(g.size))
+        units = partition.get(g.name, torch.arange(g.size)).cpu()
         labels.append(positions(replace(s, start=n), units[None]).flatten())
         n += (int(units.max()) + 1) * s.block
     return torch.cat(labels) if labels else None
@@ -91,12 +91,11 @@ def resize(
     factor=1# k, for a normalisation
 ):
     "Let a module's own sizes say what its parameters have become"
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        for axis, names in enumerate((("out_features", "out_channels"), ("in_features", "in_channels"))):
-            for n in names:
-                if hasattr(module, n): setattr(module, n, module.weight.shape[axis])
-    for n in "num_features", "num_channels", "normalized_shape":
-        if hasattr(module, n): setattr(module, n, tuple(factor * w for w in module.normalized_shape) if n == "normalized_shape" else factor * getattr(module, n))
+    if isinstance(module, nn.Linear): module.out_features, module.in_features = module.weight.shape
+    if isinstance(module, nn.Conv2d): module.out_channels, module.in_channels = module.weight.shape[:2]
+    for n in "num_features", "num_channels":
+        if hasattr(module, n): setattr(module, n, factor * getattr(module, n))
+    if isinstance(module, nn.LayerNorm): module.normalized_shape = tuple(factor * w for w in module.normalized_shape)
 
 # %% ../nbs/api/39_cloning.ipynb #d1d6933d
 def rescale(
@@ -117,6 +116,7 @@ def factors_of(
 )->dict:        # {group name: k}, both ends and those that stay at 1
     "The factor of each group; `LopError` for one that can't be"
     hidden = {g.name: g for g in graph}
+    if isinstance(factor, dict) and layers is not None: raise LopError("Say which layers are cloned once: factor={group: k}, or one factor and layers=[group, …].")
     wanted = factor if isinstance(factor, dict) else dict.fromkeys(hidden if layers is None else layers, factor)
     for name, k in wanted.items():
         one_of("hidden group of units to clone", name, hidden)
@@ -215,7 +215,7 @@ def published_faults(
     factors # {group name: k}
 ):
     "Make of an exact clone what source A's code makes: DA7, DA8, DA9"
-    for g in graph:
+    for g in (g for g in graph if factors[g.name] > 1):
         k = factors[g.name]
         for m in models if g.product else (): rescale(m, g, k**-.5)
         for s in g.writes:
@@ -245,6 +245,7 @@ def add_noise(
     partition=None # Of the units: keep what each block gives to each unit and gets from it; None: noise without bounds
 ):
     "Add σ·rms(W)·z to each replica's weights"
+    if not noise >= 0: raise LopError(f"noise={noise}: the size of noise at cloning, relative to each layer's weights, must be at least 0.")
     if None in generators: raise LopError("Noise is drawn from a generator: pass generator=runtime.generator(seed, \"clone\").")
     for name, owners in sides(graph).items():
         if all(kind == "own" for *_, kind in owners): continue
@@ -337,16 +338,22 @@ def _remembered(optimizer, key, value, p, owners, factors, leading):
     return enlarge(value, owners, factors, power, 0, leading)
 
 # %% ../nbs/api/39_cloning.ipynb #fa4c76a2
+def block_variance(
+    h:torch.Tensor,    # Activations, or their gradients [..., N, D]
+    blocks:torch.Tensor# int64 [D]: the block of each unit, as in a partition
+)->torch.Tensor:       # [...]: 0 if units of a block agree; NaN if all units of the layer do
+    "1 - R², without the rounding of a difference: the share of the variance between units that lies within their blocks"
+    x = double(checked(h, "block_variance")); x = x - x[..., :1]                     # what is common to all plays no part
+    within, total = (x - m for m in (block_means(x, -1, blocks), x.mean(-1, keepdim=True)))
+    return within.square().sum((-2, -1)) / total.square().sum((-2, -1))
+
 def block_r2(
     h:torch.Tensor,     # Activations, or their gradients [..., N, D]
     blocks:torch.Tensor,# int64 [D]: the block of each unit, as in a partition
     corrected=False     # Zero where units of a block have no more to do with each other than with the rest?
 )->torch.Tensor:        # [...]: 1 if units of a block agree; NaN if all units of the layer do
     "Share of the variance between units that their blocks explain"
-    x = double(checked(h, "block_r2")); x = x - x[..., :1]                           # what is common to all plays no part
-    within, total = (x - m for m in (block_means(x, -1, blocks), x.mean(-1, keepdim=True)))
-    r2 = 1 - within.square().sum((-2, -1)) / total.square().sum((-2, -1))
-    chance = (int(blocks.max()) / (len(blocks) - 1)) if corrected else 0.
+    r2, chance = 1 - block_variance(h, blocks), int(blocks.max()) / (len(blocks) - 1) if corrected else 0.
     return answer((r2 - chance) / (1 - chance), h)
 
 # %% ../nbs/api/39_cloning.ipynb #ae9f991a
@@ -367,6 +374,16 @@ def published_score(
     return (sum(forward) + sum(backward) + mean) / (len(forward) + len(backward) + 1) # and the mean is one of the values
 
 # %% ../nbs/api/39_cloning.ipynb #6865e17b
+def feature_alignment(
+    h:torch.Tensor,    # [..., N, D]
+    blocks:torch.Tensor# int64 [D]: the block of each unit
+)->torch.Tensor:       # [...], -1/(k-1) to 1
+    "Mean cosine between two units of one block, over those that are not silent"
+    x = double(checked(h, "feature_alignment")); norm = x.norm(dim=-2, keepdim=True); blocks = blocks.to(x.device)
+    def over_blocks(t): return t.new_zeros(*t.shape[:-1], int(blocks.max()) + 1).index_add(-1, blocks, t)
+    sums, n = over_blocks(torch.where(norm > 0, x / norm, 0.)), over_blocks((norm > 0).to(x.dtype))[..., 0, :]
+    return answer((sums.square().sum((-2, -1)) - n.sum(-1)) / (n * (n - 1)).sum(-1), h)     # ‖Σ of n unit vectors‖² = n + Σ of all cosines
+
 def activation_similarity(
     h:torch.Tensor,    # Of the base [..., N, D]
     big:torch.Tensor,  # Of the clone, on the same examples [..., N, D′]
@@ -381,7 +398,7 @@ def clone_measures(
     base, big, # `Replicas`, and their clones
     task,      # Whose loss it is
     x, y       # Examples [R, B, …] and labels [R, B]
-)->dict:       # {(group or "", measure): [R]}
+)->dict:       # {(group, or "" for all together; measure): [R]}
     "How far each layer is still a clone, forward and backward, and how far the whole is still one of this base, in evaluation mode"
     found, seen = {}, [with_gradients(n, task, x, y, [g.site for g in n.graph]) for n in (base, big)]
     (hers, _), (its, signals) = ([as_rows(n, {p: pair[i] for p, pair in s.items()}) for i in (0, 1)] for n, s in zip((base, big), seen))
@@ -389,8 +406,10 @@ def clone_measures(
         if (k := g_big.size // g.size) < 2: continue
         blocks = torch.arange(g_big.size) // k
         for way, h in ("forward", its[g_big.site]), ("backward", signals[g_big.site]):
-            found |= {(g.name, f"r2_{way}"): block_r2(h, blocks), (g.name, f"r2_{way}_corrected"): block_r2(h, blocks, True), (g.name, f"r2_{way}_published"): published_r2(h, k)}
+            found |= {(g.name, f"variance_{way}"): block_variance(h, blocks), (g.name, f"r2_{way}"): block_r2(h, blocks), (g.name, f"r2_{way}_corrected"): block_r2(h, blocks, True), (g.name, f"r2_{way}_published"): published_r2(h, k)}
+        found[g.name, "feature_alignment"] = feature_alignment(its[g_big.site], blocks)
         found[g.name, "activation_similarity"] = activation_similarity(hers[g.site], its[g_big.site], blocks)
+    if not found: raise LopError("No layer of the second network has a multiple of the units that the first has there: it is no clone of it.")
     return found | _of_all(found) | {("", "logit_gap"): _logit_gap(base, big, x)}
 
 def _of_all(found):
