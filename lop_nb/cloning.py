@@ -7,8 +7,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/cloning.html.md"""
 # %% auto #0
 __all__ = ['scale_free', 'powers', 'sides', 'axis_blocks', 'block_means', 'enlarge', 'resize', 'rescale', 'factors_of', 'tensors',
            'unclaimed', 'verify', 'clone', 'published_columns', 'published_faults', 'clone_partition', 'add_noise',
-           'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory', 'block_variance', 'block_r2', 'published_r2',
-           'published_score', 'feature_alignment', 'activation_similarity', 'clone_measures']
+           'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory', 'block_variance', 'block_r2', 'above_chance',
+           'published_r2', 'published_score', 'feature_alignment', 'activation_similarity', 'clone_measures']
 
 # %% ../nbs/api/39_cloning.ipynb #78c4c94b
 import copy, warnings
@@ -353,8 +353,13 @@ def block_r2(
     corrected=False     # Zero where units of a block have no more to do with each other than with the rest?
 )->torch.Tensor:        # [...]: 1 if units of a block agree; NaN if all units of the layer do
     "Share of the variance between units that their blocks explain"
-    r2, chance = 1 - block_variance(h, blocks), int(blocks.max()) / (len(blocks) - 1) if corrected else 0.
-    return answer((r2 - chance) / (1 - chance), h)
+    r2 = 1 - block_variance(h, blocks)
+    return answer(above_chance(r2, blocks) if corrected else r2, h)
+
+def above_chance(r2, blocks):
+    "R² on a scale whose zero is what it is on average if units of a block have nothing to do with each other"
+    chance = int(blocks.max()) / (len(blocks) - 1)
+    return (r2 - chance) / (1 - chance)
 
 # %% ../nbs/api/39_cloning.ipynb #ae9f991a
 def published_r2(
@@ -362,8 +367,9 @@ def published_r2(
     k:int
 )->torch.Tensor:    # [...]: 1 if clones agree, and also where nothing varies
     "What source A's code calls R²"
-    x = double(checked(h, "published_r2"))
-    return answer((1 - x.unflatten(-1, (-1, k)).std(-1) / (x.std(-1, keepdim=True) + 1e-10)).mean((-2, -1)), h)
+    x = double(checked(h, "published_r2")); first, *rest = x.unflatten(-1, (-1, k)).unbind(-1); off = [c - first for c in rest]
+    within = ((sum(d * d for d in off) - sum(off)**2 / k).clamp(min=0) / (k - 1)).sqrt()
+    return answer((1 - within / (x.std(-1, keepdim=True) + 1e-10)).mean((-2, -1)), h)
 
 def published_score(
     forward, # Tensors [...], one for each layer
@@ -406,7 +412,8 @@ def clone_measures(
         if (k := g_big.size // g.size) < 2: continue
         blocks = torch.arange(g_big.size) // k
         for way, h in ("forward", its[g_big.site]), ("backward", signals[g_big.site]):
-            found |= {(g.name, f"variance_{way}"): block_variance(h, blocks), (g.name, f"r2_{way}"): block_r2(h, blocks), (g.name, f"r2_{way}_corrected"): block_r2(h, blocks, True), (g.name, f"r2_{way}_published"): published_r2(h, k)}
+            v = block_variance(h, blocks); each = {f"variance_{way}": v, f"r2_{way}": 1 - v, f"r2_{way}_corrected": above_chance(1 - v, blocks), f"r2_{way}_published": published_r2(h, k)}
+            found |= {(g.name, m): answer(value, h) for m, value in each.items()}
         found[g.name, "feature_alignment"] = feature_alignment(its[g_big.site], blocks)
         found[g.name, "activation_similarity"] = activation_similarity(hers[g.site], its[g_big.site], blocks)
     if not found: raise LopError("No layer of the second network has a multiple of the units that the first has there: it is no clone of it.")

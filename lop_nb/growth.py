@@ -91,7 +91,7 @@ def measure(self:Beside, learner,
     label="" # behind the name of each measure
 ):
     found = clone_measures(self.base.replicas, learner.replicas, learner.task, *self.examples(learner.task))
-    learner.log_all({(self.split, layer, f"cloning_{m}{label}" if m.startswith("r2") else m + label): v for (layer, m), v in found.items()})
+    learner.log_all({(self.split, layer, f"cloning_{m}{label}" if m.startswith(("r2", "variance")) else m + label): v for (layer, m), v in found.items()})
 
 # %% ../nbs/api/42_growth.ipynb #bd9e3b7b
 class Scratch(Callback):

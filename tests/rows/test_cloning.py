@@ -63,7 +63,7 @@ def test_A56_agreement_of_clones(cloned):
 def test_A57_similarity_and_alignment(cloned):
     "cosine between clones and the units they come from, and whether clones agree: both logged, both 1 when the clone is made"
     df = read_records(cloned); start = df[(df.run == "clone") & (df.task == 1) & (df.epoch == 0)]
-    for m in ("activation_similarity", "cloning_r2_forward"): assert (start[start.metric == m].value - 1).abs().max() < 1e-6
+    for m in ("activation_similarity", "feature_alignment"): assert (start[start.metric == m].value - 1).abs().max() < 1e-6
     later = df[(df.metric == "activation_similarity") & (df.epoch == 2)].value
     assert len(later) == 4 and (later < 1 - 1e-6).all()
 
