@@ -19,7 +19,7 @@ from .copies import similarity
 from .gradients import mean_gradient, stacked
 from .models import Attention
 from .monitor import as_rows, with_slopes
-from .runtime import LopError, nearest
+from .runtime import LopError, nearest, one_of
 from .units import UnitGraph, of_all
 
 # %% ../nbs/api/40_manifold.ipynb #82b15d75
@@ -49,7 +49,7 @@ def _legal(graph, partition):
     sizes = {g.name: g.size for g in graph}
     for name, b in partition.items():
         if name not in sizes: raise LopError(f"A partition's groups are hidden groups of the network, not '{name}'.{nearest(name, sizes)} There are: {', '.join(sizes)}.")
-        if b.shape != (sizes[name],) or (b.unique() != torch.arange(int(b.max()) + 1)).any(): raise LopError(f"The partition of {name} must give each of its {sizes[name]} units a block, counted from 0 without gaps: int64 [{sizes[name]}].")
+        if b.shape != (sizes[name],) or not b.cpu().unique().equal(torch.arange(int(b.max()) + 1)): raise LopError(f"The partition of {name} must give each of its {sizes[name]} units a block, counted from 0 without gaps: int64 [{sizes[name]}].")
     return {name: b.cpu() for name, b in partition.items()}
 
 # %% ../nbs/api/40_manifold.ipynb #75e57fd9
@@ -124,7 +124,7 @@ def distance_to_manifold(
     to="equitable"  # RE ∩ CE; "constant": exact copies
 )->torch.Tensor:    # [R], 0 to 1, float64
     "‖θ − Pθ‖ / ‖θ‖: how much of the parameters breaks the conditions"
-    p, x = flat_of(onto[to](params, blocks)), flat_of(params)
+    p, x = flat_of(onto[one_of("projection", to, onto)](params, blocks)), flat_of(params)
     return double(x - p).norm(dim=1) / double(x).norm(dim=1)
 
 def gradient_tangency(
