@@ -165,6 +165,7 @@ def _signature(state, blocks, g, sending):
     def part(s, kind): return of_all({s.param: blocks.fold(state[s.param], s.param, kind) / state[s.param].abs().max().clamp(min=1e-300)}, s, g.size)[0].flatten(1)
     return torch.cat([part(s, "from") for s in g.reads + g.norms] + [part(s, "own") for s in g.writes if sending], 1)
 
+# %% ../nbs/api/40_manifold.ipynb #d9d9da8c
 def _led(near):
     "Blocks [D] out of who is near whom [D, D]: the unit with most free partners leads them, until nobody is free"
     labels, free = torch.full((len(near),), -1), torch.ones(len(near), dtype=torch.bool)

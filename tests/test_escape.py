@@ -112,7 +112,7 @@ def test_pair_hessian_is_made_of_blocks_of_the_hessian(name, site):
     "any two units of any network, equal or not, behind a flatten, in a part of a joint matrix"
     with torch.random.fork_rng(): torch.manual_seed(0); net = NETS[name]().double()
     group, params, pair = UnitGraph.of(net)[site], params_of(net), (0, 2); f = loss_of(net, X[None], Y[None], ce)
-    H, blocks = loss_hessian(net, X[None], Y[None], ce), Blocks(net, {}); zero = {k: 0*v for k, v in params.items()}
+    H = loss_hessian(net, X[None], Y[None], ce); zero = {k: 0*v for k, v in params.items()}
     for slices in (group.reads, group.writes, group.reads + group.writes):
         K = pair_hessian(f, params, slices, pair); one = [torch.cat([flat_of(moved(zero, slices, u, e[None])) for e in torch.eye(K.shape[1]).double()]) for u in pair]
         columns = [torch.cat([H @ e[None] for e in u]) for u in one]; expected = sum(s * one[i] @ columns[j].mT for i, j, s in ((0, 0, 1), (1, 1, 1), (0, 1, -1), (1, 0, -1)))
@@ -175,7 +175,7 @@ def test_training_goes_on_where_it_was_and_pairs_do_not_meet():
 
 def test_decay_closes_the_angle_at_its_rate():
     "gradient descent on the source: δ shrinks by e^(−λt) once both units face it; on the target it grows at 2/π − λ"
-    w = torch.tensor([[[.67, .01], [.67, -.01]]]).double(); a = w.norm(dim=-1); δ = [angle(*w[0])]
+    w = torch.tensor([[[.67, .01], [.67, -.01]]]).double(); a = w.norm(dim=-1)
     for target, rate in (("source", -.05), ("target", 2/math.pi - .05)):
         w, a = (w, a) if target == "source" else (torch.tensor([[[1., 1e-5], [1., -1e-5]]]).double() * (2/math.pi - .05)**.5, torch.full((1, 2), (2/math.pi - .05)**.5, dtype=torch.float64))
         start = descend_pairs(w, a, target, 600 if target == "source" else 1, .05, .05); later = descend_pairs(*start, target, 100, .05, .05)
