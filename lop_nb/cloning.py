@@ -7,7 +7,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/cloning.html.md"""
 # %% auto #0
 __all__ = ['scale_free', 'powers', 'sides', 'axis_blocks', 'block_means', 'enlarge', 'resize', 'rescale', 'factors_of', 'tensors',
            'unclaimed', 'verify', 'clone', 'published_columns', 'published_faults', 'clone_partition', 'add_noise',
-           'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory']
+           'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory', 'block_variance', 'block_r2', 'published_r2',
+           'published_score', 'activation_similarity', 'clone_measures']
 
 # %% ../nbs/api/39_cloning.ipynb #78c4c94b
 import copy, warnings
@@ -16,11 +17,13 @@ from dataclasses import replace
 from functools import partial
 import torch
 from torch import nn
+from .activity import answer, checked, double
 from .layers import Dropout
+from .monitor import as_rows, with_gradients
 from .optimizers import ElementAdam
 from .replicas import Replicas
 from .runtime import LopError, generator, one_of
-from .units import UnitGraph, as_index, misfits, positions
+from .units import UnitGraph, misfits, positions
 
 # %% ../nbs/api/39_cloning.ipynb #d40e38aa
 def sides(
@@ -88,12 +91,11 @@ def resize(
     factor=1# k, for a normalisation
 ):
     "Let a module's own sizes say what its parameters have become"
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        for axis, names in enumerate((("out_features", "out_channels"), ("in_features", "in_channels"))):
-            for n in names:
-                if hasattr(module, n): setattr(module, n, module.weight.shape[axis])
-    for n in "num_features", "num_channels", "normalized_shape":
-        if hasattr(module, n): setattr(module, n, tuple(factor * w for w in module.normalized_shape) if n == "normalized_shape" else factor * getattr(module, n))
+    if isinstance(module, nn.Linear): module.out_features, module.in_features = module.weight.shape
+    if isinstance(module, nn.Conv2d): module.out_channels, module.in_channels = module.weight.shape[:2]
+    for n in "num_features", "num_channels":
+        if hasattr(module, n): setattr(module, n, factor * getattr(module, n))
+    if isinstance(module, nn.LayerNorm): module.normalized_shape = tuple(factor * w for w in module.normalized_shape)
 
 # %% ../nbs/api/39_cloning.ipynb #d1d6933d
 def rescale(
@@ -212,7 +214,7 @@ def published_faults(
     factors # {group name: k}
 ):
     "Make of an exact clone what source A's code makes: DA7, DA8, DA9"
-    for g in graph:
+    for g in (g for g in graph if factors[g.name] > 1):
         k = factors[g.name]
         for m in models if g.product else (): rescale(m, g, k**-.5)
         for s in g.writes:
@@ -242,6 +244,7 @@ def add_noise(
     partition=None # Of the units: keep what each block gives to each unit and gets from it; None: noise without bounds
 ):
     "Add σ·rms(W)·z to each replica's weights"
+    if not noise >= 0: raise LopError(f"noise={noise}: the size of noise at cloning, relative to each layer's weights, must be at least 0.")
     if None in generators: raise LopError("Noise is drawn from a generator: pass generator=runtime.generator(seed, \"clone\").")
     for name, owners in sides(graph).items():
         if all(kind == "own" for *_, kind in owners): continue
@@ -308,7 +311,7 @@ def at_pace(
 def _paced(optimizer, group, params, own, out):
     free = isinstance(optimizer, scale_free)
     new = dict(group, params=params, lr=group["lr"] / out if free else group["lr"] * own / out)
-    new["weight_decay"] = group["weight_decay"] * (out if group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW) else out / own)
+    new["weight_decay"] = group["weight_decay"] * (out if group.get("decoupled_weight_decay") else out / own)
     if free: new["eps"] = group["eps"] / own
     return new
 
@@ -332,3 +335,75 @@ def _remembered(optimizer, key, value, p, owners, factors, leading):
     if not torch.is_tensor(value) or value.shape != p.shape: return copy.deepcopy(value)      # a count of steps
     power = 0 if key == "momentum_buffer" and isinstance(optimizer, torch.optim.RMSprop) else powers[one_of("kind of optimizer memory", key, powers)]
     return enlarge(value, owners, factors, power, 0, leading)
+
+# %% ../nbs/api/39_cloning.ipynb #fa4c76a2
+def block_variance(
+    h:torch.Tensor,    # Activations, or their gradients [..., N, D]
+    blocks:torch.Tensor# int64 [D]: the block of each unit, as in a partition
+)->torch.Tensor:       # [...]: 0 if units of a block agree; NaN if all units of the layer do
+    "1 - R², without the rounding of a difference: the share of the variance between units that lies within their blocks"
+    x = double(checked(h, "block_variance")); x = x - x[..., :1]                     # what is common to all plays no part
+    within, total = (x - m for m in (block_means(x, -1, blocks), x.mean(-1, keepdim=True)))
+    return within.square().sum((-2, -1)) / total.square().sum((-2, -1))
+
+def block_r2(
+    h:torch.Tensor,     # Activations, or their gradients [..., N, D]
+    blocks:torch.Tensor,# int64 [D]: the block of each unit, as in a partition
+    corrected=False     # Zero where units of a block have no more to do with each other than with the rest?
+)->torch.Tensor:        # [...]: 1 if units of a block agree; NaN if all units of the layer do
+    "Share of the variance between units that their blocks explain"
+    r2, chance = 1 - block_variance(h, blocks), int(blocks.max()) / (len(blocks) - 1) if corrected else 0.
+    return answer((r2 - chance) / (1 - chance), h)
+
+# %% ../nbs/api/39_cloning.ipynb #ae9f991a
+def published_r2(
+    h:torch.Tensor, # Activations, or their gradients [..., N, D·k], clones of one unit side by side
+    k:int
+)->torch.Tensor:    # [...]: 1 if clones agree, and also where nothing varies
+    "What source A's code calls R²"
+    x = double(checked(h, "published_r2"))
+    return answer((1 - x.unflatten(-1, (-1, k)).std(-1) / (x.std(-1, keepdim=True) + 1e-10)).mean((-2, -1)), h)
+
+def published_score(
+    forward, # Tensors [...], one for each layer
+    backward # Likewise
+):           # [...]
+    "What source A logs as `cloning_r2`"
+    mean = sum(forward) / (len(forward) + len(backward))                              # half of the layers are missing above
+    return (sum(forward) + sum(backward) + mean) / (len(forward) + len(backward) + 1) # and the mean is one of the values
+
+# %% ../nbs/api/39_cloning.ipynb #6865e17b
+def activation_similarity(
+    h:torch.Tensor,    # Of the base [..., N, D]
+    big:torch.Tensor,  # Of the clone, on the same examples [..., N, D′]
+    blocks:torch.Tensor# int64 [D′]: the base unit of each clone
+)->torch.Tensor:       # [...]
+    "Mean cosine between clones and their base units, over those that are not silent"
+    a, b = double(h).index_select(-1, blocks.to(h.device)), double(big)
+    cosines = (a * b).sum(-2) / (a.norm(dim=-2) * b.norm(dim=-2))
+    return answer(cosines.nanmean(-1), big)
+
+def clone_measures(
+    base, big, # `Replicas`, and their clones
+    task,      # Whose loss it is
+    x, y       # Examples [R, B, …] and labels [R, B]
+)->dict:       # {(group or "", measure): [R]}
+    "How far each layer is still a clone, forward and backward, and how far the whole is still one of this base, in evaluation mode"
+    found, seen = {}, [with_gradients(n, task, x, y, [g.site for g in n.graph]) for n in (base, big)]
+    (hers, _), (its, signals) = ([as_rows(n, {p: pair[i] for p, pair in s.items()}) for i in (0, 1)] for n, s in zip((base, big), seen))
+    for g, g_big in zip(base.graph, big.graph):
+        if (k := g_big.size // g.size) < 2: continue
+        blocks = torch.arange(g_big.size) // k
+        for way, h in ("forward", its[g_big.site]), ("backward", signals[g_big.site]):
+            found |= {(g.name, f"variance_{way}"): block_variance(h, blocks), (g.name, f"r2_{way}"): block_r2(h, blocks), (g.name, f"r2_{way}_corrected"): block_r2(h, blocks, True), (g.name, f"r2_{way}_published"): published_r2(h, k)}
+        found[g.name, "activation_similarity"] = activation_similarity(hers[g.site], its[g_big.site], blocks)
+    return found | _of_all(found) | {("", "logit_gap"): _logit_gap(base, big, x)}
+
+def _of_all(found):
+    "The mean over layers, forward and backward: the paper's number"
+    each = {end: torch.stack([v for (_, m), v in found.items() if m in (f"r2_forward{end}", f"r2_backward{end}")]).nanmean(0) for end in ("", "_corrected")}
+    ways = [[v for (_, m), v in found.items() if m == f"r2_{way}_published"] for way in ("forward", "backward")]
+    return {("", f"r2{end}"): v for end, v in each.items()} | {("", "r2_published"): published_score(*ways)}
+
+def _logit_gap(base, big, x):
+    with base.evaluating(), big.evaluating(): return (base(x) - big(x)).abs().flatten(1).amax(1)

@@ -126,7 +126,7 @@ def misfits(model, graph):
     "Slices that name no parameter, or positions outside of it; places that name no module"
     state, modules = model.state_dict(), {None, *(n for n, _ in model.named_modules())}
     for g in [graph.inputs, *graph, graph.outputs]:
-        for place in {g.site, g.private, g.passed, *g.stream, *g.product, *(s.at for s in g.slices)} - modules: yield f"{g.name}: there is no module {place}"
+        for place in {g.site, g.private, g.passed, *g.stream, *g.product, *g.normed, *(s.at for s in g.slices)} - modules: yield f"{g.name}: there is no module {place}"
         for s in g.slices:
             if s.param not in state: yield f"{g.name}: there is no parameter {s.param}"
             elif s.start + g.size * s.block > state[s.param].shape[s.axis]: yield f"{g.name}: {as_index(s)} goes beyond the parameter's shape {tuple(state[s.param].shape)}"

@@ -4,15 +4,17 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from lop_nb.cloning import at_pace, axis_blocks, block_means, clone, clone_memory, clone_partition, clone_replicas, enlarge, factors_of, rates, sides, tensors
+from lop_nb.cloning import activation_similarity, at_pace, axis_blocks, block_means, block_r2, block_variance, clone, clone_measures, clone_memory, clone_partition, clone_replicas, enlarge, factors_of, published_r2, published_score, rates, sides, tensors
 from lop_nb.data import load
 from lop_nb.layers import Group, Slice, reads_of
 from lop_nb.models import CNN, MLP, ResNet, ViT
 from lop_nb.optimizers import ElementAdam
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError, generator, seeded
+from lop_nb.streams import PermutedPixels
 from lop_nb.units import UnitGraph, faults
 
 KINDS = dict(mlp=partial(MLP, 64, 10, [8, 6], dropout_p=0.), cnn=partial(CNN, 1, 8, 10, [4, 6], fc_hidden_units=[8], dropout_p=0.),
@@ -92,6 +94,21 @@ def test_the_base_is_left_alone_and_the_graph_of_the_clone_is_right(kind):
     assert faults(clone(base, 2, {"mlp": ["act_0"], "cnn": ["act_1"], "resnet": ["layer1_block0.branch.act_0"], "vit": ["block_1.mlp.act_0"]}[kind]), X[:24]) == []
 
 
+OTHERS = dict(no_bias=partial(MLP, 64, 10, [8, 6], bias=False, normalization="layer"), act_norm=partial(MLP, 64, 10, [8, 6], norm_after_activation=True), linear=partial(MLP, 64, 10, []),
+              leaky=partial(MLP, 64, 10, [8], activation="leaky_relu", normalization="group"), no_pool=partial(CNN, 1, 8, 10, [4], pool_type="none", fc_hidden_units=[]),
+              strided=partial(CNN, 1, 8, 10, [4, 4], strides=[2], paddings=[2], pool_size=[1], norm_after_activation=True, normalization="group"),
+              stem=partial(ResNet, 1, 16, 10, [2, 1], 4, stem="7x7", norm_after_activation=True), deep=partial(ResNet, 1, 8, 10, [1, 2, 1], 2, normalization="group"),
+              no_qkv_bias=partial(ViT, 1, 8, 10, patch_size=3, embed_dim=9, depth=2, n_heads=3, qkv_bias=False, mlp_ratio=.7, attn_drop_rate=0.), no_blocks=partial(ViT, 1, 8, 10, patch_size=4, embed_dim=4, depth=0, n_heads=1))
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_shapes(name):
+    base = OTHERS[name](dropout_p=0.).double(); x = torch.randn(20, 1, 16, 16, dtype=torch.float64, generator=generator(0, "example")) if name == "stem" else X
+    with torch.no_grad():
+        for p in base.parameters(): p += .3 * torch.randn(p.shape, generator=generator(0, "shake"), dtype=p.dtype)
+        big = clone(clone(base, 3), 2)
+        for mode in (True, False): assert (big.train(mode)(x) - base.train(mode)(x)).abs().max() < 1e-12
+
+
 def test_width_by_width():
     "16 → 32 → 64 → 128, some layers only, factors of their own"
     base = MLP(64, 10, [16, 16], normalization="batch", dropout_p=0.).double(); big = base
@@ -166,6 +183,7 @@ def test_dropout_is_said_once():
         warnings.simplefilter("always"); clone(CNN(1, 8, 10, [4], fc_hidden_units=[8, 8], dropout_p=.1), 2); clone(CNN(1, 8, 10, [4], fc_hidden_units=[8, 8], dropout_p=0.), 2)
     assert len(said) == 1 and "fc_drop_0, fc_drop_1" in str(said[0].message) and said[0].filename == __file__
     with pytest.raises(LopError, match="drawn from a generator"): clone(network("mlp"), 2, noise=.1)
+    with pytest.raises(LopError, match="must be at least 0"): clone(network("mlp"), 2, noise=-.1, generator=generator(0, "clone"))
 
 
 def test_attention_dropout_keeps_clones_and_logits():
@@ -174,8 +192,9 @@ def test_attention_dropout_keeps_clones_and_logits():
     with pytest.warns(UserWarning, match="attend.heads.drop"): big = clone(base, 2)
     logits = []
     for net in (base, big):
+        gen = generator(0, "dropout")
         for m in net.modules():
-            if hasattr(m, "generator"): m.generator = shared = generator(0, "dropout") if m is next(d for d in net.modules() if hasattr(d, "generator")) else shared
+            if hasattr(m, "generator"): m.generator = gen
         with torch.no_grad(): logits.append(net.train()(X))
     assert (logits[0] - logits[1]).abs().max() < 1e-12
 
@@ -193,10 +212,24 @@ def steps(net, optimizer, n, batch=16):
 @pytest.mark.parametrize("kind", KINDS)
 def test_trajectories_are_equal(kind, norm):
     "point 2: 400 steps of SGD (the notebook does batch normalisation)"
+    if (kind, norm) == ("vit", "group"): pytest.skip("chaotic: see the next test")
     base = network(kind, norm); big = clone(base, 2); optimizer = at_pace(torch.optim.SGD(big.parameters(), .01), dict(big.named_parameters()), base, 2)
     before = base.eval()(X).detach()
     after = steps(base, torch.optim.SGD(base.parameters(), .01), 400)
     assert (after - before).abs().max() > .5 and (steps(big, optimizer, 400) - after).abs().max() < 1e-12
+
+
+def test_a_chaotic_trajectory_parts_from_itself():
+    "with group norm over four features of a token, training multiplies a rounding error by 10 in some 20 steps: the clone follows as well as a base with one rounding more"
+    base, twin = network("vit", "group"), network("vit", "group"); big = clone(base, 2); twin.out.weight.data *= 1 + 1e-15
+    optimizers = [torch.optim.SGD(base.parameters(), .01), torch.optim.SGD(twin.parameters(), .01), at_pace(torch.optim.SGD(big.parameters(), .01), dict(big.named_parameters()), base, 2)]
+    gen, gaps = generator(0, "order"), []
+    for _ in range(120):
+        rows = torch.randint(len(TRAIN[1]), (16,), generator=gen)
+        for net, optimizer in zip((base, twin, big), optimizers): optimizer.zero_grad(); nn.functional.cross_entropy(net(TRAIN[0][rows]), TRAIN[1][rows]).backward(); optimizer.step()
+        with torch.no_grad(): z = base(X); gaps.append([(net(X) - z).abs().max() for net in (twin, big)])
+    twins, clones = torch.tensor(gaps).T
+    assert clones[:20].max() < 1e-12 and twins[-1] > 1e-11 and (clones < 100 * twins.cummax(0).values).all()
 
 
 def test_rates_by_hand():
@@ -254,3 +287,79 @@ def test_noise_is_each_replicas_own_and_repeats():
     Δ = one.params["linear_1.weight"] - clone_replicas(nets, 2).params["linear_1.weight"]; w = clone_replicas(nets, 2).params["linear_1.weight"]
     z = Δ / (.1 * w.square().mean((1, 2), keepdim=True).sqrt()); n = z[0].numel()
     assert (z.mean((1, 2)).abs() < 4 / n**.5).all() and ((z.square().mean((1, 2)) - 1).abs() < 4 * (2 / n)**.5).all()
+
+
+# ---- measures ----
+def slow_r2(h, blocks):
+    "1 - within / total, number by number in float64"
+    h = h.double().tolist(); within = total = 0.
+    for row in h:
+        mean = sum(row) / len(row)
+        for u, v in enumerate(row):
+            mates = [w for w, b in zip(row, blocks) if b == blocks[u]]
+            within += (v - sum(mates) / len(mates))**2; total += (v - mean)**2
+    return 1 - within / total
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(2, 5), st.integers(2, 4))
+def test_r2_by_hand_and_its_symmetries(seed, n, groups, k):
+    gen = torch.Generator().manual_seed(seed); h = torch.randn(2, n, groups * k, generator=gen); blocks = torch.arange(groups * k) // k
+    r2 = block_r2(h, blocks)
+    for r in range(2): assert abs(r2[r] - slow_r2(h[r], blocks.tolist())) < 1e-5
+    order = torch.randperm(groups * k, generator=gen)
+    for same in (block_r2(h[..., order], blocks[order]), block_r2(3 * h, blocks), block_r2(h + 5 * torch.randn(2, n, 1, generator=gen), blocks)): assert (same - r2).abs().max() < 1e-4
+    assert (1 - block_variance(h, blocks) - r2).abs().max() < 1e-6
+    clones = h[..., :groups].repeat_interleave(k, -1)
+    assert (block_r2(clones, blocks) == 1).all() and (block_r2(clones, blocks, True) == 1).all() and (block_variance(clones, blocks) == 0).all() and (published_r2(clones, k) == 1).all()
+
+
+def test_chance_of_r2():
+    "exchangeable units: (B - 1)/(D - 1), which is taken off; blocks of unequal size too"
+    gen = torch.Generator().manual_seed(0); blocks = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3]); h = torch.randn(200, 100, 9, generator=gen).exp()
+    assert abs(block_r2(h, blocks).mean() - 3/8) < .01 and abs(block_r2(h, blocks, True).mean()) < .015
+
+
+def test_measures_of_the_degenerate():
+    blocks = torch.arange(6) // 2
+    assert block_r2(torch.ones(4, 6), blocks).isnan() and published_r2(torch.zeros(4, 6), 2) == 1           # the source counts silence as success
+    assert block_r2(torch.full((4, 6), torch.nan), blocks).isnan() and block_r2(torch.randn(4, 6).to(torch.bfloat16), blocks).dtype == torch.float32
+    with pytest.raises(LopError, match="at least one of each"): block_r2(torch.ones(0, 6), blocks)
+    h = torch.rand(5, 3); big = h.repeat_interleave(2, 1)
+    assert abs(activation_similarity(h, big, blocks) - 1) < 1e-6 and abs(activation_similarity(h, -big, blocks) + 1) < 1e-6
+    h[:, 1] = 0; assert abs(activation_similarity(h, big, blocks) - 1) < 1e-6                               # silent units are left out
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 9])
+def test_published_score(layers):
+    "(2L + 1/2)/(2L + 1) for a perfect clone"
+    ones = [torch.ones(3)] * layers
+    assert torch.allclose(published_score(ones, ones), torch.tensor((2 * layers + .5) / (2 * layers + 1)))
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_measures_of_networks(strategy):
+    "some layers only; both ways of advancing replicas; the state that was found is left"
+    nets = Replicas(partial(KINDS["cnn"], normalization="batch"), [0, 1], strategy, dtype=torch.float64); big = clone_replicas(nets, {"act_1": 2}, noise=.5)
+    task = PermutedPixels(DATA, seeds=[0, 1], tasks=1)[0]; x, y = X.expand(2, *X.shape), Y.expand(2, -1)
+    found = clone_measures(nets.train(), big.train(), task, x, y)
+    assert {name for name, _ in found} == {"act_1", ""} and all(v.shape == (2,) and v.isfinite().all() for v in found.values()) and big.modules[0].training
+    with torch.no_grad(): gap = (big.train(False)(x) - nets.train(False)(x)).abs().amax((1, 2))
+    assert torch.equal(found["", "logit_gap"], gap) and (gap > 1e-3).all() and (found["act_1", "r2_forward"] < 1).all()
+    assert torch.allclose(found["", "r2"], (found["act_1", "r2_forward"] + found["act_1", "r2_backward"]) / 2)
+
+
+def test_a_standardized_input_is_cloned_too():
+    "what online training has put before the network belongs to no unit, and is kept"
+    nets = Replicas(partial(MLP, 64, 10, [8], normalization="none", dropout_p=0.), [0, 1], dtype=torch.float64); nets.standardize(torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8) + 1, 3.)
+    big = clone_replicas(nets, 2); x = X.expand(2, *X.shape)
+    with nets.evaluating(), big.evaluating(): assert (nets(x) - big(x)).abs().max() < 1e-12
+
+
+def test_the_published_faults_are_of_cloned_groups_only():
+    base = network("cnn", "group").eval()
+    some = clone(base, {"fc_act_0": 3}, faithful=True).eval()
+    with torch.no_grad(): assert (some(X) - base(X)).abs().max() < 1e-12
+    nets = Replicas(partial(KINDS["vit"], normalization="group"), [0, 1], dtype=torch.float64); big = clone_replicas(nets, 3, faithful=True)
+    alone = clone(nets.modules[1], 3, faithful=True).eval(); x = X.expand(2, *X.shape)
+    with torch.no_grad(): assert torch.allclose(big.train(False)(x)[1], alone(X), rtol=0, atol=1e-12)
