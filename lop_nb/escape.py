@@ -10,18 +10,18 @@ __all__ = ['disk_targets', 'across', 'normal_size', 'kicks', 'follow', 'growth_r
            'new_pairs', 'disk_points', 'pair_step', 'train_pairs', 'descend_pairs', 'disagreement_budget',
            'recovery_bound']
 
-# %% ../nbs/api/41_escape.ipynb #7e9be455
+# %% ../nbs/api/41_escape.ipynb #0a981100
 import math
 import torch
 from torch.func import functional_call, vmap
 from .activity import double
 from .curvature import Hessian, lanczos, ritz
 from .gradients import stacked, still
-from .manifold import Blocks, flat_of, onto, tree_of
+from .manifold import flat_of, onto, tree_of
 from .runtime import LopError, generator, one_of
-from .units import gather, positions, scatter
+from .units import gather, positions
 
-# %% ../nbs/api/41_escape.ipynb #f7d51485
+# %% ../nbs/api/41_escape.ipynb #eabd927c
 def across(
     tree,           # {name: [R, …]}: parameters, or gradients
     blocks,         # `manifold.Blocks`
@@ -35,6 +35,7 @@ def normal_size(params, blocks, off="constant"):
     "‖P_N θ‖ [R]: how far the parameters are from the manifold"
     return double(flat_of(across(params, blocks, off))).norm(dim=1)
 
+# %% ../nbs/api/41_escape.ipynb #979cf411
 def kicks(
     blocks,        # `manifold.Blocks`
     size,          # norm: a number, or [R]
@@ -47,6 +48,7 @@ def kicks(
     if (length == 0).any(): raise LopError("There is no way across this manifold: every unit is a block of its own. Give a partition with a block of two units at least.")
     return tree_of(n * (torch.as_tensor(size).to(n) / length)[:, None], blocks)
 
+# %% ../nbs/api/41_escape.ipynb #e6492d35
 def follow(
     step,            # () -> None: one step of training, in place
     params,          # {name: [R, …]}: what it trains
@@ -67,7 +69,7 @@ def growth_rate(
     t = torch.arange(len(sizes), dtype=sizes.dtype, device=sizes.device); t = t - t.mean()
     return (t[:, None] * sizes.log()).sum(0) / t.square().sum()
 
-# %% ../nbs/api/41_escape.ipynb #48d618c4
+# %% ../nbs/api/41_escape.ipynb #55f040d3
 class NormalHessian:
     "P_N H P_N, for `lanczos`; on the manifold's own directions a number between its extremes"
     def __init__(self,
@@ -86,6 +88,7 @@ class NormalHessian:
         n = self.normal(v)
         return self.normal(self.H @ n) + self.middle * (v - n)
 
+# %% ../nbs/api/41_escape.ipynb #591aa912
 def normal_hessian(
     H,              # `curvature.loss_hessian` at the network
     blocks,         # `manifold.Blocks`
@@ -99,7 +102,7 @@ def normal_hessian(
     out = A.image - A.normal(A.image)
     return dict(bottom=θ[:, -1], top=θ[:, 0], bound=bound[:, [0, -1]].amax(1), leakage=double(out).norm(dim=1) / double(A.image).norm(dim=1))
 
-# %% ../nbs/api/41_escape.ipynb #ed758005
+# %% ../nbs/api/41_escape.ipynb #2a3e42ac
 def loss_of(
     model, # `Replicas`, or a module as one replica
     x, y,  # inputs [R, n, …], labels [R, n]
@@ -112,6 +115,7 @@ def loss_of(
         return loss(z, y).mean(1)
     return mean_loss
 
+# %% ../nbs/api/41_escape.ipynb #868a749e
 def held(
     params, # {name: [R, …]}
     slices, # of a group
@@ -134,6 +138,7 @@ def opposed(
         for unit, sign in zip(pair, (1, -1)): out[s.param] = out[s.param].index_add(s.axis + 1, positions(s, torch.tensor([[unit]]))[0, 0].to(part.device), part, alpha=sign)
     return out
 
+# %% ../nbs/api/41_escape.ipynb #4870d5d2
 def pair_hessian(
     f,             # {name: [R, …]} -> [R], as from `loss_of`
     params,        # {name: [R, …]}
@@ -143,7 +148,7 @@ def pair_hessian(
     δ = torch.zeros_like(held(params, slices, pair[0]))
     return Hessian(lambda d: f(opposed(params, slices, pair, d["δ"])), dict(δ=δ))
 
-# %% ../nbs/api/41_escape.ipynb #8a997a1d
+# %% ../nbs/api/41_escape.ipynb #20883073
 def _pair_slices(group, params):
     into = [s for s in group.reads + group.norms if s.param in params]               # running statistics are not trained
     return {"in": into, "out": group.writes, "both": into + group.writes}
@@ -168,6 +173,7 @@ def _driven(K, d, generators, steps):
     θ = ritz(*lanczos(K, steps, generators))[0]; size = d.square().sum(1)
     return dict(bottom=θ[:, -1], top=θ[:, 0], along=(d * (K @ d)).sum(1) / size, drift=-(d * K.gradient.detach()).sum(1) / size)
 
+# %% ../nbs/api/41_escape.ipynb #34ff9181
 def opposed_losses(
     f, params, slices, pair, # as in `pair_hessian`
     δ,                       # [R, n]: a direction
@@ -176,7 +182,7 @@ def opposed_losses(
     "The loss along an antisymmetric perturbation"
     return torch.stack([f(opposed(params, slices, pair, t * δ)) for t in sizes]).detach()
 
-# %% ../nbs/api/41_escape.ipynb #fc548158
+# %% ../nbs/api/41_escape.ipynb #d3110452
 def angle(u, v): # [..., 2] -> [...], 0 to π
     "Between two vectors in the plane; exact for tiny angles too, where the arc cosine is not"
     cross = u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
@@ -187,6 +193,7 @@ def overlap(u, v): # [..., 2] -> [...]
     δ = angle(u, v)
     return u.norm(dim=-1) * v.norm(dim=-1) * ((math.pi - δ) * δ.cos() + δ.sin()) / (2*math.pi)
 
+# %% ../nbs/api/41_escape.ipynb #9a233d0a
 disk_targets = dict(source=lambda x: x[..., 0, :].relu(), target=lambda x: x.norm(dim=-2))   # [..., 2, b] -> [..., b]
 
 def pair_risk(
@@ -199,7 +206,7 @@ def pair_risk(
     from_y, square = dict(source=lambda: (overlap(w, e), .5), target=lambda: (2 / math.pi * w.norm(dim=-1), 2.))[one_of("target", target, disk_targets)]()
     return (a[:, :, None] * a[:, None] * overlap(w[:, :, None], w[:, None])).sum((1, 2)) / 2 - (a * from_y).sum(1) + square / 2
 
-# %% ../nbs/api/41_escape.ipynb #b01830d9
+# %% ../nbs/api/41_escape.ipynb #d18ea6d9
 def new_pairs(
     seeds,# one for each pair
     scale # standard deviation of the incoming weights
@@ -208,6 +215,7 @@ def new_pairs(
     w = scale * torch.stack([torch.randn(2, 2, generator=generator(s, "pair"), dtype=torch.float64) for s in seeds])
     return w, w.norm(dim=-1)
 
+# %% ../nbs/api/41_escape.ipynb #44dbe512
 def disk_points(
     generators, # one for each pair
     steps, batch
@@ -217,6 +225,7 @@ def disk_points(
     r, φ = 2 * u[0].sqrt(), 2*math.pi * u[1]
     return torch.stack([r * φ.cos(), r * φ.sin()], 2)
 
+# %% ../nbs/api/41_escape.ipynb #3a878e37
 def pair_step(w, a, x, y, lr, decay):
     "One step of SGD for all pairs, in place: x [P, 2, b], y [P, b]"
     h = (w[:, :, :1] * x[:, None, 0] + w[:, :, 1:] * x[:, None, 1]).relu_()                    # [P, 2, b]
@@ -225,6 +234,7 @@ def pair_step(w, a, x, y, lr, decay):
     dw = torch.stack([(back * x[:, None, i]).sum(2) for i in (0, 1)], 2) * a[:, :, None]
     w.mul_(1 - lr*decay).sub_(dw, alpha=lr); a.mul_(1 - lr*decay).sub_(da, alpha=lr)
 
+# %% ../nbs/api/41_escape.ipynb #1dc2c38c
 def train_pairs(
     w, a,       # [P, 2, 2], [P, 2], not changed
     target,     # of `disk_targets`
@@ -239,6 +249,7 @@ def train_pairs(
         for x, y in zip(xs, y_of(xs)): pair_step(w, a, x, y, lr, decay)
     return w, a
 
+# %% ../nbs/api/41_escape.ipynb #46c15b60
 def descend_pairs(w, a, target, steps, lr, decay): # -> w, a
     "Gradient descent on the risk itself, as if the batch were infinite"
     w, a = w.clone(), a.clone()
@@ -248,7 +259,7 @@ def descend_pairs(w, a, target, steps, lr, decay): # -> w, a
         w, a = (p.detach() * (1 - lr*decay) - lr*g for p, g in zip(leaves, (dw, da)))
     return w, a
 
-# %% ../nbs/api/41_escape.ipynb #014b0584
+# %% ../nbs/api/41_escape.ipynb #8e9371be
 def disagreement_budget(
     δ,        # angle between the units, any shape
     batch, lr # b, η

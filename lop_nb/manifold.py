@@ -15,12 +15,16 @@ from fastcore.basics import patch
 from torch import nn
 from .activity import double
 from .cloning import axis_blocks, block_means, sides
+from .config import MetricsConfig
 from .copies import similarity
 from .gradients import mean_gradient, stacked
 from .models import Attention
-from .monitor import as_rows, with_slopes
+from .monitor import as_rows, read_units, with_slopes
 from .runtime import LopError, nearest, one_of
 from .units import UnitGraph, of_all
+
+# %% ../nbs/api/40_manifold.ipynb #73bb1ee9
+_d = MetricsConfig()
 
 # %% ../nbs/api/40_manifold.ipynb #82b15d75
 def frozen_units(
@@ -194,13 +198,12 @@ def equitable_partition(
     return partition
 
 # %% ../nbs/api/40_manifold.ipynb #17344768
-@torch.no_grad()
 def similar_units(
     nets,         # `Replicas`
     x,            # examples [R, n, …]
-    threshold=.95 # Partners correlate above this
+    threshold=_d.duplicate_threshold # Partners correlate above this
 )->list:          # a partition for each replica
     "Blocks of units whose activations correlate: each is led by the unit with most partners that are still free"
-    rows = as_rows(nets, nets(x, [g.site for g in nets.graph])[1])
+    rows = read_units(nets, x)
     near = {g.name: similarity(rows[g.site]) > threshold for g in nets.graph}
     return [{k: _led(n[r]) for k, n in near.items()} for r in range(len(nets))]
