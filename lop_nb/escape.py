@@ -10,18 +10,19 @@ __all__ = ['disk_targets', 'across', 'normal_size', 'kicks', 'follow', 'growth_r
            'new_pairs', 'disk_points', 'pair_step', 'train_pairs', 'descend_pairs', 'disagreement_budget',
            'recovery_bound']
 
-# %% ../nbs/api/41_escape.ipynb #0a981100
+# %% ../nbs/api/41_escape.ipynb #917239a7
 import math
 import torch
 from torch.func import functional_call, vmap
 from .activity import double
 from .curvature import Hessian, lanczos, ritz
 from .gradients import stacked, still
+from .kernels import compiled, numba
 from .manifold import flat_of, onto, tree_of
 from .runtime import LopError, generator, one_of
 from .units import gather, positions
 
-# %% ../nbs/api/41_escape.ipynb #eabd927c
+# %% ../nbs/api/41_escape.ipynb #f52ec557
 def across(
     tree,           # {name: [R, …]}: parameters, or gradients
     blocks,         # `manifold.Blocks`
@@ -35,7 +36,7 @@ def normal_size(params, blocks, off="constant"):
     "‖P_N θ‖ [R]: how far the parameters are from the manifold"
     return double(flat_of(across(params, blocks, off))).norm(dim=1)
 
-# %% ../nbs/api/41_escape.ipynb #979cf411
+# %% ../nbs/api/41_escape.ipynb #0633cd74
 def kicks(
     blocks,        # `manifold.Blocks`
     size,          # norm: a number, or [R]
@@ -48,7 +49,7 @@ def kicks(
     if (length == 0).any(): raise LopError("There is no way across this manifold: every unit is a block of its own. Give a partition with a block of two units at least.")
     return tree_of(n * (torch.as_tensor(size).to(n) / length)[:, None], blocks)
 
-# %% ../nbs/api/41_escape.ipynb #e6492d35
+# %% ../nbs/api/41_escape.ipynb #2ee8d380
 def follow(
     step,            # () -> None: one step of training, in place
     params,          # {name: [R, …]}: what it trains
@@ -69,7 +70,7 @@ def growth_rate(
     t = torch.arange(len(sizes), dtype=sizes.dtype, device=sizes.device); t = t - t.mean()
     return (t[:, None] * sizes.log()).sum(0) / t.square().sum()
 
-# %% ../nbs/api/41_escape.ipynb #55f040d3
+# %% ../nbs/api/41_escape.ipynb #98f7e6c2
 class NormalHessian:
     "P_N H P_N, for `lanczos`; on the manifold's own directions a number between its extremes"
     def __init__(self,
@@ -88,7 +89,7 @@ class NormalHessian:
         n = self.normal(v)
         return self.normal(self.H @ n) + self.middle * (v - n)
 
-# %% ../nbs/api/41_escape.ipynb #591aa912
+# %% ../nbs/api/41_escape.ipynb #169e6b97
 def normal_hessian(
     H,              # `curvature.loss_hessian` at the network
     blocks,         # `manifold.Blocks`
@@ -102,7 +103,7 @@ def normal_hessian(
     out = A.image - A.normal(A.image)
     return dict(bottom=θ[:, -1], top=θ[:, 0], bound=bound[:, [0, -1]].amax(1), leakage=double(out).norm(dim=1) / double(A.image).norm(dim=1))
 
-# %% ../nbs/api/41_escape.ipynb #2a3e42ac
+# %% ../nbs/api/41_escape.ipynb #4120bada
 def loss_of(
     model, # `Replicas`, or a module as one replica
     x, y,  # inputs [R, n, …], labels [R, n]
@@ -115,14 +116,14 @@ def loss_of(
         return loss(z, y).mean(1)
     return mean_loss
 
-# %% ../nbs/api/41_escape.ipynb #868a749e
+# %% ../nbs/api/41_escape.ipynb #9e94db74
 def held(
     params, # {name: [R, …]}
     slices, # of a group
     unit:int
 ):          # [R, n]
     "What one unit holds in `slices`, in a row"
-    units = torch.full((len(next(iter(params.values()))), 1), unit)
+    first = next(iter(params.values())); units = torch.full((len(first), 1), unit, device=first.device)
     return torch.cat([gather(params, s, units).flatten(1) for s in slices], 1)
 
 def opposed(
@@ -133,12 +134,12 @@ def opposed(
     "θ with δ added to what the first unit holds, and taken from the second"
     out, here = dict(params), 0
     for s in slices:
-        like = gather(params, s, torch.zeros(len(δ), 1, dtype=torch.long))[:, 0]                  # [R, block, …]
+        like = gather(params, s, torch.zeros(len(δ), 1, dtype=torch.long, device=δ.device))[:, 0]                  # [R, block, …]
         part = δ[:, here:here + like[0].numel()].view_as(like).movedim(1, s.axis + 1); here += like[0].numel()
         for unit, sign in zip(pair, (1, -1)): out[s.param] = out[s.param].index_add(s.axis + 1, positions(s, torch.tensor([[unit]]))[0, 0].to(part.device), part, alpha=sign)
     return out
 
-# %% ../nbs/api/41_escape.ipynb #4870d5d2
+# %% ../nbs/api/41_escape.ipynb #1f4ca722
 def pair_hessian(
     f,             # {name: [R, …]} -> [R], as from `loss_of`
     params,        # {name: [R, …]}
@@ -148,7 +149,7 @@ def pair_hessian(
     δ = torch.zeros_like(held(params, slices, pair[0]))
     return Hessian(lambda d: f(opposed(params, slices, pair, d["δ"])), dict(δ=δ))
 
-# %% ../nbs/api/41_escape.ipynb #20883073
+# %% ../nbs/api/41_escape.ipynb #47e0b265
 def _pair_slices(group, params):
     into = [s for s in group.reads + group.norms if s.param in params]               # running statistics are not trained
     return {"in": into, "out": group.writes, "both": into + group.writes}
@@ -173,7 +174,7 @@ def _driven(K, d, generators, steps):
     θ = ritz(*lanczos(K, steps, generators))[0]; size = d.square().sum(1)
     return dict(bottom=θ[:, -1], top=θ[:, 0], along=(d * (K @ d)).sum(1) / size, drift=-(d * K.gradient.detach()).sum(1) / size)
 
-# %% ../nbs/api/41_escape.ipynb #34ff9181
+# %% ../nbs/api/41_escape.ipynb #7579697c
 def opposed_losses(
     f, params, slices, pair, # as in `pair_hessian`
     δ,                       # [R, n]: a direction
@@ -182,7 +183,7 @@ def opposed_losses(
     "The loss along an antisymmetric perturbation"
     return torch.stack([f(opposed(params, slices, pair, t * δ)) for t in sizes]).detach()
 
-# %% ../nbs/api/41_escape.ipynb #d3110452
+# %% ../nbs/api/41_escape.ipynb #2b048009
 def angle(u, v): # [..., 2] -> [...], 0 to π
     "Between two vectors in the plane; exact for tiny angles too, where the arc cosine is not"
     cross = u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
@@ -193,7 +194,7 @@ def overlap(u, v): # [..., 2] -> [...]
     δ = angle(u, v)
     return u.norm(dim=-1) * v.norm(dim=-1) * ((math.pi - δ) * δ.cos() + δ.sin()) / (2*math.pi)
 
-# %% ../nbs/api/41_escape.ipynb #9a233d0a
+# %% ../nbs/api/41_escape.ipynb #dd46e002
 disk_targets = dict(source=lambda x: x[..., 0, :].relu(), target=lambda x: x.norm(dim=-2))   # [..., 2, b] -> [..., b]
 
 def pair_risk(
@@ -206,7 +207,7 @@ def pair_risk(
     from_y, square = dict(source=lambda: (overlap(w, e), .5), target=lambda: (2 / math.pi * w.norm(dim=-1), 2.))[one_of("target", target, disk_targets)]()
     return (a[:, :, None] * a[:, None] * overlap(w[:, :, None], w[:, None])).sum((1, 2)) / 2 - (a * from_y).sum(1) + square / 2
 
-# %% ../nbs/api/41_escape.ipynb #d18ea6d9
+# %% ../nbs/api/41_escape.ipynb #9f29070b
 def new_pairs(
     seeds,# one for each pair
     scale # standard deviation of the incoming weights
@@ -215,17 +216,18 @@ def new_pairs(
     w = scale * torch.stack([torch.randn(2, 2, generator=generator(s, "pair"), dtype=torch.float64) for s in seeds])
     return w, w.norm(dim=-1)
 
-# %% ../nbs/api/41_escape.ipynb #44dbe512
+# %% ../nbs/api/41_escape.ipynb #43f70003
 def disk_points(
     generators, # one for each pair
     steps, batch
 ):              # [steps, P, 2, batch], float64
     "Points on the disk of radius 2, evenly"
-    u = torch.stack([torch.rand(2, steps, batch, generator=g, dtype=torch.float64) for g in generators], 2)
-    r, φ = 2 * u[0].sqrt(), 2*math.pi * u[1]
+    u = _draws(generators, steps, batch); r, φ = 2 * u[0].sqrt(), 2*math.pi * u[1]
     return torch.stack([r * φ.cos(), r * φ.sin()], 2)
 
-# %% ../nbs/api/41_escape.ipynb #3a878e37
+def _draws(generators, steps, batch): return torch.stack([torch.rand(2, steps, batch, generator=g, dtype=torch.float64) for g in generators], 2)
+
+# %% ../nbs/api/41_escape.ipynb #6cb444ce
 def pair_step(w, a, x, y, lr, decay):
     "One step of SGD for all pairs, in place: x [P, 2, b], y [P, b]"
     h = (w[:, :, :1] * x[:, None, 0] + w[:, :, 1:] * x[:, None, 1]).relu_()                    # [P, 2, b]
@@ -234,22 +236,45 @@ def pair_step(w, a, x, y, lr, decay):
     dw = torch.stack([(back * x[:, None, i]).sum(2) for i in (0, 1)], 2) * a[:, :, None]
     w.mul_(1 - lr*decay).sub_(dw, alpha=lr); a.mul_(1 - lr*decay).sub_(da, alpha=lr)
 
-# %% ../nbs/api/41_escape.ipynb #1dc2c38c
+# %% ../nbs/api/41_escape.ipynb #269379b3
 def train_pairs(
-    w, a,       # [P, 2, 2], [P, 2], not changed
+    w, a,       # [P, 2, 2], [P, 2], float64, not changed
     target,     # of `disk_targets`
     generators, # one for each pair; they go on from where they are
     steps, lr, batch, decay,
     chunk=500   # steps whose points are drawn at once
 ):              # w, a
-    "SGD on fresh points, all pairs at once"
+    "SGD on fresh points, all pairs at once; compiled, where numba is there"
     (w, a), y_of = (w.clone(), a.clone()), disk_targets[one_of("target", target, disk_targets)]
     for t in range(0, steps, chunk):
-        xs = disk_points(generators, min(chunk, steps - t), batch)
-        for x, y in zip(xs, y_of(xs)): pair_step(w, a, x, y, lr, decay)
+        n = min(chunk, steps - t)
+        if numba: _pair_steps(w.numpy(), a.numpy(), _draws(generators, n, batch).numpy(), target == "target", lr, decay); continue
+        for x in disk_points(generators, n, batch): pair_step(w, a, x, y_of(x), lr, decay)
     return w, a
 
-# %% ../nbs/api/41_escape.ipynb #46c15b60
+# %% ../nbs/api/41_escape.ipynb #7117eb0d
+@compiled
+def _pair_step(w0, w1, w2, w3, a0, a1, r, φ, norm, lr, decay):
+    "One step of one pair, from b random numbers for radius and angle"
+    b, g0, g1, g2, g3, h0, h1 = len(r), 0., 0., 0., 0., 0., 0.
+    for n in range(b):
+        s = 2 * math.sqrt(r[n]); x, y = s * math.cos(2*math.pi * φ[n]), s * math.sin(2*math.pi * φ[n])
+        u, v = max(w0*x + w1*y, 0.), max(w2*x + w3*y, 0.)
+        e = (a0*u + a1*v - (s if norm else max(x, 0.))) * lr / b
+        if u > 0: g0 += e*a0*x; g1 += e*a0*y; h0 += e*u
+        if v > 0: g2 += e*a1*x; g3 += e*a1*y; h1 += e*v
+    k = 1 - lr*decay
+    return k*w0 - g0, k*w1 - g1, k*w2 - g2, k*w3 - g3, k*a0 - h0, k*a1 - h1
+
+@compiled
+def _pair_steps(w, a, u, norm, lr, decay):
+    "All steps of all pairs, in place: w [P, 2, 2], a [P, 2], random numbers u [2, steps, P, b]"
+    for p in range(len(w)):
+        w0, w1, w2, w3, a0, a1 = w[p, 0, 0], w[p, 0, 1], w[p, 1, 0], w[p, 1, 1], a[p, 0], a[p, 1]
+        for t in range(u.shape[1]): w0, w1, w2, w3, a0, a1 = _pair_step(w0, w1, w2, w3, a0, a1, u[0, t, p], u[1, t, p], norm, lr, decay)
+        w[p, 0, 0], w[p, 0, 1], w[p, 1, 0], w[p, 1, 1], a[p, 0], a[p, 1] = w0, w1, w2, w3, a0, a1
+
+# %% ../nbs/api/41_escape.ipynb #003eb9b2
 def descend_pairs(w, a, target, steps, lr, decay): # -> w, a
     "Gradient descent on the risk itself, as if the batch were infinite"
     w, a = w.clone(), a.clone()
@@ -259,7 +284,7 @@ def descend_pairs(w, a, target, steps, lr, decay): # -> w, a
         w, a = (p.detach() * (1 - lr*decay) - lr*g for p, g in zip(leaves, (dw, da)))
     return w, a
 
-# %% ../nbs/api/41_escape.ipynb #8e9371be
+# %% ../nbs/api/41_escape.ipynb #f093144b
 def disagreement_budget(
     δ,        # angle between the units, any shape
     batch, lr # b, η
