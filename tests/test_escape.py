@@ -165,6 +165,14 @@ def test_steps_against_a_loop():
             g, h = torch.autograd.grad(loss, (W, A)); torch.testing.assert_close(v[p], w[p] - .1*g); torch.testing.assert_close(b[p], a[p] - .1*h)
 
 
+@pytest.mark.parametrize("target", disk_targets)
+def test_compiled_steps_are_the_plain_ones(target, monkeypatch):
+    w, a = new_pairs(range(5), .7); run = lambda: train_pairs(w, a, target, gens(5), 60, .02, 7, .05, chunk=25)
+    fast = run(); monkeypatch.setattr("lop_nb.escape.numba", None); plain = run()
+    for p, q in zip(fast, plain): torch.testing.assert_close(p, q, atol=1e-13, rtol=0)
+    assert (fast[0] - w).abs().max() > .01
+
+
 def test_training_goes_on_where_it_was_and_pairs_do_not_meet():
     w, a = new_pairs(range(4), .5); how = dict(lr=.01, batch=4, decay=.05)
     whole = train_pairs(w, a, "source", gens(4), 30, **how, chunk=10)
