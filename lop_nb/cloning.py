@@ -8,7 +8,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/cloning.html.md"""
 __all__ = ['scale_free', 'powers', 'sides', 'axis_blocks', 'block_means', 'enlarge', 'resize', 'rescale', 'factors_of', 'tensors',
            'unclaimed', 'verify', 'clone', 'published_columns', 'published_faults', 'clone_partition', 'add_noise',
            'clone_replicas', 'copies', 'rates', 'at_pace', 'clone_memory', 'block_variance', 'block_r2', 'published_r2',
-           'published_score', 'activation_similarity', 'clone_measures']
+           'published_score', 'feature_alignment', 'activation_similarity', 'clone_measures']
 
 # %% ../nbs/api/39_cloning.ipynb #78c4c94b
 import copy, warnings
@@ -45,7 +45,7 @@ def axis_blocks(
     "The block of each position along an axis"
     mine, labels, n = sorted([(g, s) for g, s, _ in owners if s.axis == axis], key=lambda o: o[1].start), [], 0
     for g, s in mine:
-        units = partition.get(g.name, torch.arange(g.size))
+        units = partition.get(g.name, torch.arange(g.size)).cpu()
         labels.append(positions(replace(s, start=n), units[None]).flatten())
         n += (int(units.max()) + 1) * s.block
     return torch.cat(labels) if labels else None
@@ -116,6 +116,7 @@ def factors_of(
 )->dict:        # {group name: k}, both ends and those that stay at 1
     "The factor of each group; `LopError` for one that can't be"
     hidden = {g.name: g for g in graph}
+    if isinstance(factor, dict) and layers is not None: raise LopError("Say which layers are cloned once: factor={group: k}, or one factor and layers=[group, …].")
     wanted = factor if isinstance(factor, dict) else dict.fromkeys(hidden if layers is None else layers, factor)
     for name, k in wanted.items():
         one_of("hidden group of units to clone", name, hidden)
@@ -373,6 +374,16 @@ def published_score(
     return (sum(forward) + sum(backward) + mean) / (len(forward) + len(backward) + 1) # and the mean is one of the values
 
 # %% ../nbs/api/39_cloning.ipynb #6865e17b
+def feature_alignment(
+    h:torch.Tensor,    # [..., N, D]
+    blocks:torch.Tensor# int64 [D]: the block of each unit
+)->torch.Tensor:       # [...], -1/(k-1) to 1
+    "Mean cosine between two units of one block, over those that are not silent"
+    x = double(checked(h, "feature_alignment")); norm = x.norm(dim=-2, keepdim=True); blocks = blocks.to(x.device)
+    def over_blocks(t): return t.new_zeros(*t.shape[:-1], int(blocks.max()) + 1).index_add(-1, blocks, t)
+    sums, n = over_blocks(torch.where(norm > 0, x / norm, 0.)), over_blocks((norm > 0).to(x.dtype))[..., 0, :]
+    return answer((sums.square().sum((-2, -1)) - n.sum(-1)) / (n * (n - 1)).sum(-1), h)     # ‖Σ of n unit vectors‖² = n + Σ of all cosines
+
 def activation_similarity(
     h:torch.Tensor,    # Of the base [..., N, D]
     big:torch.Tensor,  # Of the clone, on the same examples [..., N, D′]
@@ -387,7 +398,7 @@ def clone_measures(
     base, big, # `Replicas`, and their clones
     task,      # Whose loss it is
     x, y       # Examples [R, B, …] and labels [R, B]
-)->dict:       # {(group or "", measure): [R]}
+)->dict:       # {(group, or "" for all together; measure): [R]}
     "How far each layer is still a clone, forward and backward, and how far the whole is still one of this base, in evaluation mode"
     found, seen = {}, [with_gradients(n, task, x, y, [g.site for g in n.graph]) for n in (base, big)]
     (hers, _), (its, signals) = ([as_rows(n, {p: pair[i] for p, pair in s.items()}) for i in (0, 1)] for n, s in zip((base, big), seen))
@@ -396,7 +407,9 @@ def clone_measures(
         blocks = torch.arange(g_big.size) // k
         for way, h in ("forward", its[g_big.site]), ("backward", signals[g_big.site]):
             found |= {(g.name, f"variance_{way}"): block_variance(h, blocks), (g.name, f"r2_{way}"): block_r2(h, blocks), (g.name, f"r2_{way}_corrected"): block_r2(h, blocks, True), (g.name, f"r2_{way}_published"): published_r2(h, k)}
+        found[g.name, "feature_alignment"] = feature_alignment(its[g_big.site], blocks)
         found[g.name, "activation_similarity"] = activation_similarity(hers[g.site], its[g_big.site], blocks)
+    if not found: raise LopError("No layer of the second network has a multiple of the units that the first has there: it is no clone of it.")
     return found | _of_all(found) | {("", "logit_gap"): _logit_gap(base, big, x)}
 
 def _of_all(found):

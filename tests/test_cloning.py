@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from lop_nb.cloning import activation_similarity, at_pace, axis_blocks, block_means, block_r2, block_variance, clone, clone_measures, clone_memory, clone_partition, clone_replicas, enlarge, factors_of, published_r2, published_score, rates, sides, tensors
+from lop_nb.cloning import activation_similarity, at_pace, axis_blocks, block_means, block_r2, block_variance, clone, clone_measures, clone_memory, clone_partition, clone_replicas, enlarge, factors_of, feature_alignment, published_r2, published_score, rates, sides, tensors
 from lop_nb.data import load
 from lop_nb.layers import Group, Slice, reads_of
 from lop_nb.models import CNN, MLP, ResNet, ViT
@@ -148,6 +148,7 @@ def test_bad_factors():
     for end in ("inputs", "outputs"):
         with pytest.raises(LopError, match="Choices: act_0, act_1"): clone(base, {end: 2})
     with pytest.raises(LopError, match="must share one factor"): clone(network("vit"), {"block_1.attend.heads.q": 2})
+    with pytest.raises(LopError, match="which layers are cloned once"): clone(base, {"act_0": 2}, ["act_0"])
 
 
 def test_networks_that_do_not_say_enough():
@@ -330,6 +331,14 @@ def test_measures_of_the_degenerate():
     h[:, 1] = 0; assert abs(activation_similarity(h, big, blocks) - 1) < 1e-6                               # silent units are left out
 
 
+def test_feature_alignment_pair_by_pair():
+    gen = torch.Generator().manual_seed(0); h = torch.randn(2, 7, 6, generator=gen); h[:, :, 4] = 0; blocks = torch.tensor([0, 1, 0, 1, 1, 0])
+    for r in range(2):
+        pairs = [torch.cosine_similarity(h[r, :, i], h[r, :, j], 0) for i in range(6) for j in range(6) if i != j and blocks[i] == blocks[j] and 4 not in (i, j)]
+        assert abs(feature_alignment(h, blocks)[r] - sum(pairs) / len(pairs)) < 1e-6
+    assert abs(feature_alignment(torch.cat([h, -h], -1), torch.arange(6).repeat(2))[0] + 1) < 1e-6
+
+
 @pytest.mark.parametrize("layers", [1, 2, 5, 9])
 def test_published_score(layers):
     "(2L + 1/2)/(2L + 1) for a perfect clone"
@@ -347,6 +356,7 @@ def test_measures_of_networks(strategy):
     with torch.no_grad(): gap = (big.train(False)(x) - nets.train(False)(x)).abs().amax((1, 2))
     assert torch.equal(found["", "logit_gap"], gap) and (gap > 1e-3).all() and (found["act_1", "r2_forward"] < 1).all()
     assert torch.allclose(found["", "r2"], (found["act_1", "r2_forward"] + found["act_1", "r2_backward"]) / 2)
+    with pytest.raises(LopError, match="it is no clone"): clone_measures(nets, nets, task, x, y)
 
 
 def test_a_standardized_input_is_cloned_too():
