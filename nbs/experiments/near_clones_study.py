@@ -1,7 +1,7 @@
 """Near-clones and mini-batches, the runs behind results/near_clones.parquet: `python nbs/experiments/near_clones_study.py` (about five minutes of one core)
 
 64 pairs (seeds 0-63) of each initial scale learn the source for T = 0 … 400 by SGD, and from each T the target for 200 more: by SGD, and by gradient descent on the risk. Time is step size × steps.
-The published counts of recovered pairs (Zhao et al., 2026, arXiv 2610.11475) are 64, 64, 59, 20, 7, and 64 each by gradient descent. Their initial distribution is not known to us. Stated before the run: of scale .1 and
+The published counts of recovered pairs (Zhao et al., 2026, arXiv 2610.11475) are 64, 64, 59, 20, 7, and 64 each by gradient descent. Their initial distribution is not known to us. Stated before this run, after trial runs with other random numbers: of scale .1 and
 balanced, our counts are the same in law if Fisher's exact test of each against the published one has p > .01, and all 64 pairs recover at T = 0, and at every T by gradient descent. The other scales show how much depends on it.
 """
 import time
