@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import batches, bits, core, metrics, monitor, online, records, show
+from . import batches, bits, cloning, core, metrics, monitor, online, records, show
 
-FAMILIES = [bits, online, batches, records, metrics, monitor]
+FAMILIES = [bits, online, batches, records, metrics, monitor, cloning]
 
 
 def rows(quick): return {k: make for family in FAMILIES for k, make in family.rows(quick).items()}
