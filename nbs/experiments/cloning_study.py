@@ -34,8 +34,7 @@ escape = {
     **{f"kick_batch_{b}": [*_kick, f"training.batch_size={b}"] for b in (4, 128)}, **{f"kick_{s}": [f"intervention.clone.noise={s}"] for s in (.0001, .01, .1)}, "kick_equitable": [*_kick, "intervention.clone.equitable=true"],
     **{f"tanh_wd_{d}": ["model.activation=tanh", f"optimizer.weight_decay={d}"] for d in (0, .001, .01)}}
 groups = dict(published={k: [*_published, *v] for k, v in published.items()}, escape={k: [*_digits, *v] for k, v in escape.items()})
-keep = ["effective_rank", "dead_fraction", "duplicate_fraction", "saturated_fraction", "train_loss", "test_accuracy", "test_loss", "val_loss", "cloning_r2", "cloning_r2_corrected", "cloning_r2_published",
-        "base_train_loss", "logit_gap", "activation_similarity"]
+keep = ["effective_rank", "dead_fraction", "saturated_fraction", "train_loss", "test_accuracy", "cloning_r2", "cloning_r2_corrected", "cloning_r2_published"]
 
 
 def words_of(run, words):
@@ -49,10 +48,10 @@ def collect(folder):
         for run in runs:
             at = Path(folder)/group/run
             if not (at/"config.yaml").is_file(): continue
-            df = read_records(at); df = df[df.metric.isin(keep)].rename(columns=dict(run="arm"))
-            parts.append(df.assign(group=group, run=run)[["group", "run", "arm", "seed", "task", "epoch", "step", "layer", "metric", "value"]])
+            df = read_records(at); df = df[df.metric.isin(keep) & (df.epoch % 5 == 0)].rename(columns=dict(run="arm"))
+            parts.append(df.assign(group=group, run=run)[["group", "run", "arm", "seed", "task", "epoch", "metric", "value"]])
     df = pd.concat(parts, ignore_index=True)
-    df = df.groupby(["group", "run", "arm", "seed", "task", "epoch", "step", "metric"], sort=False).value.mean().reset_index()   # over layers
+    df = df.groupby(["group", "run", "arm", "seed", "task", "epoch", "metric"], sort=False).value.mean().reset_index()   # over layers
     df.assign(value=df.value.astype("float32"), **{k: df[k].astype("category") for k in ("group", "run", "arm", "metric")}).to_parquet(Path(__file__).parent/"results"/"cloning.parquet", compression="zstd")
 
 
