@@ -182,12 +182,16 @@ def plasticity(
     "Dead and duplicate units (mean over layers) and online accuracy over time"
     return _ends(df, [m for m in ("dead_fraction", "duplicate_fraction", "online_accuracy") if len(pick(df, m))], x)
 
-def _ends(df, names, x="step", by="run", layers=True):
+def _ends(df, names, x="step", by="run"):
     "A panel for each metric, at the ends of tasks"
-    rows = end_of_task(df[df.metric.isin(names)]); t = over_time(_layer_means(rows.assign(run=rows[by].astype(str))), ("run", "metric"))
+    rows = end_of_task(df[df.metric.isin(names)])
+    return _panels(over_time(_layer_means(rows.assign(run=rows[by].astype(str))), ("run", "metric")), names, x)
+
+def _panels(t, names, x):
+    "A panel for each metric of a table as from `over_time`"
     fig, panels = blank(len(names), width=2.6)
     for ax, m in zip(panels, names): lines(ax, t[t.metric == m], x, names=t.run.unique()); dress(ax, m, m.replace("_", " "), x)
-    explain(panels[0]); fig.numbers = t
+    explain(max(panels, key=lambda ax: len(ax.lines))); fig.numbers = t
     return fig
 
 # %% ../nbs/api/44_figures.ipynb #5d96cca7
@@ -315,9 +319,10 @@ def cloning(
     df, x="step" # records with `cloning_r2`, `train_loss`, `effective_rank`, and the last two with "base_" in front for the base network
 )->Picture:
     "R² of the clones, loss and effective rank of clones and base over time"
-    pick(df, "cloning_r2"); base = df.metric.str.startswith("base_")
-    rows = df.assign(run=df.run + np.where(base, " base", ""), metric=df.metric.str.removeprefix("base_"))
-    return _ends(rows, [m for m in ("cloning_r2", "train_loss", "effective_rank") if len(pick(rows, m))], x)
+    pick(df, "cloning_r2"); base = df.metric.str.startswith("base_") & ("backprop" not in df.run.unique())    # an arm of its own is the same base
+    rows = df.assign(run=df.run + np.where(base, " base", ""), metric=np.where(base, df.metric.str.removeprefix("base_"), df.metric))
+    names = [m for m in ("cloning_r2", "train_loss", "effective_rank") if (rows.metric == m).any()]
+    return _panels(over_time(_layer_means(rows[rows.metric.isin(names)]), ("run", "metric"), ("task", "epoch")).sort_values(x, kind="stable"), names, x)
 
 def noise_sweep(
     df, metric="train_loss" # or cloning_r2
