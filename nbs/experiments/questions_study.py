@@ -73,7 +73,7 @@ def start():
 scales = [.25, .5, 1, 2, 4, 8, 16, 32]
 
 def lazy(seeds=range(600, 620), before=5, epochs=100, lr=.1, batch=32, kick=1e-3, k=2):
-    "All scales and seeds at once: f = α(h − h₀), h₀ the network at its start, steps η/α²"
+    "All scales and seeds at once: f = α(h − h₀), h₀ the network at its start, steps η/α²; `copy` is the clone without a kick (added after a first look: the clone's steps are smaller than its base's)"
     α = torch.tensor(scales).repeat_interleave(len(seeds)); many = [*seeds]*len(scales); R = len(many)
     data = load("digits"); task = PermutedPixels(data, seeds=[0], tasks=1, first_permuted=False)[0]
     (x, y), (tx, ty) = ((x[0].flatten(1), y[0]) for x, y in (v.fetch(torch.arange(v.n)[None]) for v in (task.train, task.test)))
@@ -90,7 +90,7 @@ def lazy(seeds=range(600, 620), before=5, epochs=100, lr=.1, batch=32, kick=1e-3
     def look(name, nets, t, start):
         with torch.no_grad(): f, g = (α[:, None, None] * (nets(v.expand(R, *v.shape)) - z) for v, z in ((x, h0), (tx, h0_test)))
         found = dict(train_loss=ce(f, y.expand(R, -1)).mean(1), test_accuracy=(g.argmax(-1) == ty).double().mean(1), movement=(flat(nets) - start).norm(dim=1) / start.norm(dim=1))
-        if name == "clone":
+        if name != "base":
             found["distance"] = normal_size({n: p.detach() for n, p in nets.params.items()}, blocks) / flat(nets).norm(dim=1)
             rows = read_units(nets, x[:500].expand(R, 500, 64))
             found["r2_corrected"] = torch.stack([block_r2(rows[g.site], blocks.partition[g.name], corrected=True) for g in nets.graph]).nanmean(0)
@@ -98,12 +98,12 @@ def lazy(seeds=range(600, 620), before=5, epochs=100, lr=.1, batch=32, kick=1e-3
     opt, w0 = torch.optim.SGD(base.params.values(), lr), flat(base)
     for t in range(before): epoch(base, opt, t - before)
     parts = [look("base", base, -1, w0)]
-    big = clone_replicas(base, k, noise=kick); blocks = Blocks(big, clone_partition(base.graph, factors_of(base.graph, k)))
-    opts = {"base": opt, "clone": torch.optim.SGD(big.params.values(), lr)}; pair = dict(base=base, clone=big); starts = {n: flat(v) for n, v in pair.items()}
+    nets = dict(base=base, clone=clone_replicas(base, k, noise=kick), copy=clone_replicas(base, k)); blocks = Blocks(nets["clone"], clone_partition(base.graph, factors_of(base.graph, k)))
+    opts, starts = {n: opt if n == "base" else torch.optim.SGD(v.params.values(), lr) for n, v in nets.items()}, {n: flat(v) for n, v in nets.items()}
     for t in range(epochs + 1):
-        if t % 5 == 0: parts += [look(n, v, t, starts[n]) for n, v in pair.items()]
+        if t % 5 == 0: parts += [look(n, v, t, starts[n]) for n, v in nets.items()]
         if t < epochs:
-            for n, v in pair.items(): epoch(v, opts[n], t)
+            for n, v in nets.items(): epoch(v, opts[n], t)
     return {"": pd.concat(parts)}
 
 
