@@ -34,7 +34,7 @@ from lop_nb.growth import Clone
 from lop_nb.interventions import ContinualBackprop
 from lop_nb.layers import Dropout
 from lop_nb.learner import Callback, evaluate
-from lop_nb.manifold import Blocks
+from lop_nb.manifold import Blocks, constant
 from lop_nb.models import MLP
 from lop_nb.monitor import Monitor, read_units
 from lop_nb.records import Records
@@ -73,7 +73,8 @@ def start():
 scales = [.25, .5, 1, 2, 4, 8, 16, 32]
 
 def lazy(seeds=range(600, 620), before=5, epochs=100, lr=.1, batch=32, kick=1e-3, k=2):
-    "All scales and seeds at once: f = α(h − h₀), h₀ the network at its start, steps η/α²; `copy` is the clone without a kick (added after a first look: the clone's steps are smaller than its base's)"
+    """All scales and seeds at once: f = α(h − h₀), h₀ the network at its start, steps η/α²
+    `copy` is the clone without a kick, put back on the manifold after each epoch (added after a first look: the clone's steps are smaller than its base's), and `rounding` is not put back (a second look: rich networks leave by float32's rounding)"""
     α = torch.tensor(scales).repeat_interleave(len(seeds)); many = [*seeds]*len(scales); R = len(many)
     data = load("digits"); task = PermutedPixels(data, seeds=[0], tasks=1, first_permuted=False)[0]
     (x, y), (tx, ty) = ((x[0].flatten(1), y[0]) for x, y in (v.fetch(torch.arange(v.n)[None]) for v in (task.train, task.test)))
@@ -98,12 +99,13 @@ def lazy(seeds=range(600, 620), before=5, epochs=100, lr=.1, batch=32, kick=1e-3
     opt, w0 = torch.optim.SGD(base.params.values(), lr), flat(base)
     for t in range(before): epoch(base, opt, t - before)
     parts = [look("base", base, -1, w0)]
-    nets = dict(base=base, clone=clone_replicas(base, k, noise=kick), copy=clone_replicas(base, k)); blocks = Blocks(nets["clone"], clone_partition(base.graph, factors_of(base.graph, k)))
+    nets = dict(base=base, clone=clone_replicas(base, k, noise=kick), copy=clone_replicas(base, k), rounding=clone_replicas(base, k)); blocks = Blocks(nets["clone"], clone_partition(base.graph, factors_of(base.graph, k)))
     opts, starts = {n: opt if n == "base" else torch.optim.SGD(v.params.values(), lr) for n, v in nets.items()}, {n: flat(v) for n, v in nets.items()}
     for t in range(epochs + 1):
         if t % 5 == 0: parts += [look(n, v, t, starts[n]) for n, v in nets.items()]
         if t < epochs:
             for n, v in nets.items(): epoch(v, opts[n], t)
+            for n, p in constant({n: p.data for n, p in nets["copy"].params.items()}, blocks).items(): nets["copy"].params[n].data.copy_(p)
     return {"": pd.concat(parts)}
 
 
@@ -192,20 +194,23 @@ def dropout():
 
 
 questions = dict(start=start, lazy=lazy, saturation=saturation, across=across, null=null, dropout=dropout)
-dropped = ["val_", "train_loss_summed", "cloning_variance", "feature_alignment", "cloning_r2_forward_published", "cloning_r2_backward_published", "base_val"]
+keep = ["online_accuracy", "test_accuracy", "train_loss", "base_train_loss", "base_test_accuracy", "dead_fraction", "effective_rank", "saturated_fraction", "weight_magnitude", "cloning_r2_corrected", "r2_corrected", "movement", "distance",
+        "across_bottom", "eval_train_loss", "masked_train_loss", *(f"{who}_{t}" for who in ("trained", "random", "shuffled") for t in thresholds)]
 
 
 def rows(runs):
-    "One table of all arms, without what the notebook does not read"
+    "One table of all arms: what the notebook reads"
     df = pd.concat([t.assign(arm=name or t.arm) if name else t for name, t in runs.items()], ignore_index=True)
     if "layer" not in df: df["layer"] = ""
-    df = df[~df.metric.astype(str).str.startswith(tuple(dropped))]
+    df = df[df.metric.isin(keep)]
     return df[["arm", "seed", "task", "epoch", "layer", "metric", "value"]]
 
 
 if __name__ == "__main__":
     question, folder = sys.argv[1], Path(sys.argv[2]); torch.set_num_threads(1); warnings.filterwarnings("ignore", "Dropout at")
     if question == "collect":
-        df = pd.concat([pd.read_parquet(folder/f"{q}.parquet").assign(question=q) for q in questions if (folder/f"{q}.parquet").is_file()], ignore_index=True)
-        df.assign(value=df.value.astype("float32"), **{k: df[k].astype("category") for k in ("question", "arm", "layer", "metric")}).to_parquet(OUT/"questions.parquet", compression="zstd")
+        df = pd.concat([pd.read_parquet(folder/f"{q}.parquet").assign(question=q) for q in questions if (folder/f"{q}.parquet").is_file()], ignore_index=True);
+        df = df[df.metric.isin(keep) & ~(df.metric.isin(["train_loss", "base_train_loss"]) & ~df.question.isin(["lazy", "across"]))].assign(layer=lambda d: d.layer.where(d.question == "null", ""))
+        df = df.groupby(["question", "arm", "seed", "task", "epoch", "layer", "metric"], sort=False).value.mean().reset_index()                       # over layers
+        df.assign(value=df.value.astype("float32"), **{k: df[k].astype("int16") for k in ("seed", "task", "epoch")}, **{k: df[k].astype("category") for k in ("question", "arm", "layer", "metric")}).to_parquet(OUT/"questions.parquet", compression="zstd")
     else: folder.mkdir(parents=True, exist_ok=True); rows(questions[question]()).to_parquet(folder/f"{question}.parquet")
