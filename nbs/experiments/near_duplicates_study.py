@@ -1,4 +1,4 @@
-"""Near-duplicates of a trained network, the runs behind results/near_duplicates.parquet: `OMP_NUM_THREADS=1 python nbs/experiments/near_duplicates_study.py` (six minutes of one core)
+"""Near-duplicates of a trained network, the runs behind results/near_duplicates.parquet and near_duplicates_push.parquet: `OMP_NUM_THREADS=1 python nbs/experiments/near_duplicates_study.py` (six minutes of one core)
 
 Networks of one hidden layer learn whether a digit is odd (the source), and then which digit it is (the target), with weight decay .01. Near-duplicates are of two kinds. *Made*: 4 units trained on the source for a time
 of 100, each then doubled and its copies' incoming weights turned apart by an angle δ. *Found*: of 32 units, after a source of 200 … 800, those that are each other's nearest and less than .1 apart.
@@ -118,10 +118,34 @@ def run(kind, start, activation, lr, batch):
     return table.assign(**{k: v.flatten() for k, v in watch.at.items()})[(pairs[..., 0] != pairs[..., 1]).flatten().numpy()]
 
 
+def pulls(nets):
+    "M = E 1[w·x > 0] r (x, 1)ᵀ of each unit, over all examples: [R, D, 10, 65]"
+    z, seen = nets(X.expand(len(nets), *X.shape), ["linear_0"]); on, r = (seen["linear_0"] > 0).detach().double(), (z.softmax(2) - F.one_hot(Y, 10)).detach() / len(X)
+    return torch.einsum("rnd,rnk,nm->rdkm", on, r, torch.cat([X, torch.ones(len(X), 1).to(X)], 1))
+
+
+def pushes(start, batch, lr=.1, each=20):
+    "The largest singular value σ₁ of M of the pairs' first units, and the rate −aᵀMw / ‖a‖‖w‖ at which such a unit itself grows, along the target"
+    state, pairs, names = start; nets, rows = filled(networks(len(state["out.weight"][0, 0]), "relu", len(pairs) // len(seeds)), state), []
+    def look(step, z):
+        if step % round(each / lr): return
+        M, w, a = pulls(nets), F.normalize(incoming(nets), dim=2), F.normalize(nets.params["out.weight"].detach().mT, dim=2)
+        σ, own = (v.gather(1, pairs[..., 0]) for v in (torch.linalg.svdvals(M)[..., 0], -torch.einsum("rdk,rdkm,rdm->rd", a, M, w)))
+        rows.append(pd.DataFrame(dict(T=[T for T in names["T"] for _ in pairs[0]], seed=[s for s in nets.seeds for _ in pairs[0]], time=step * lr, batch=batch, σ=σ.flatten(), own=own.flatten()))[(pairs[..., 0] != pairs[..., 1]).flatten().numpy()])
+    train(nets, "target", [generator(s, "target", batch) for s in seeds], lr, batch, round(horizon / lr), look)
+    return pd.concat(rows)
+
+
+def after(start):
+    "Asked after the first look at the results: why do single examples part more of the found pairs?"
+    pd.concat([pushes(start, b) for b in (1, 8, 64)], ignore_index=True).to_parquet(OUT.with_stem("near_duplicates_push"))
+
+
 def main():
     starts = {(kind, a): dict(made=made, found=found)[kind](a) for kind, a in (("made", "relu"), ("made", "tanh"), ("found", "relu"))}
     frame = pd.concat([run(kind, starts[kind, a], a, lr, b) for kind, cases in grid.items() for a, lr, b in cases], ignore_index=True)
     frame.to_parquet(OUT)
+    after(starts["found", "relu"])
     print(frame.groupby(["kind", "activation", "lr", "batch"]).agg(pairs=("angle", "size"), alive=("alive", "sum"), parted=("parted", "count")))
 
 
