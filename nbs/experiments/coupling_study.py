@@ -66,7 +66,7 @@ def between(nets, layer, x):
 
 
 def valley(nets, group, x, y, at):
-    "The loss along ±d: both units moved apart or together, from the middle (-1: where they are; 1: exchanged)"
+    "What the loss gains when the units are moved by ±size along d/‖d‖, from where they are"
     params = {k: p.detach() for k, p in nets.params.items()}; every = group.reads + group.writes; d = held(params, every, pair[0]) - held(params, every, pair[1])
     unit = d / d.norm(dim=1, keepdim=True); f = loss_of(nets, x, y, loss); here = f(params).detach()
     return pd.DataFrame([dict(at=at, seed=s, size=t.item(), rise=v) for t, row in zip(sizes, opposed_losses(f, params, every, pair, unit, sizes.double()) - here) for s, v in zip(seeds, row.tolist())])
