@@ -1,4 +1,4 @@
-"""Two units of one layer made nearly the same, the runs behind results/coupling.parquet and coupling_losses.parquet: `OMP_NUM_THREADS=1 python nbs/experiments/coupling_study.py` (some five minutes of one core)
+"""Two units of one layer made nearly the same, the runs behind results/coupling.parquet and coupling_losses.parquet: `OMP_NUM_THREADS=1 python nbs/experiments/coupling_study.py` (a minute and a half of one core)
 
 Networks of two layers of 12 units; in one of the layers unit 1 begins as unit 0 times 1 + εz, z normal, in what it reads and what it writes. 300 steps of size 0.1 on 300 digits, then 300 on the same with permuted pixels.
 Every 20 steps `escape.coupling` is asked on all examples, before the step: cosines, inner products, distance d = w₁ − w₂, and the restricted Hessian K, of what is read, what is written, and both. It *says* that ‖d‖ grows at the rate
@@ -30,6 +30,7 @@ seeds, lr, steps, every, examples, pair = range(10, 20), .1, 300, 20, 300, (0, 1
 grid = [dict(activation=a, layer=layer, ε=1e-3, batch=b, decay=λ) for a in ("relu", "tanh") for layer in (0, 1) for b, λ in ((0, 0.), (16, 0.), (0, .015))] + [dict(activation=a, layer=0, ε=.1, batch=0, decay=0.) for a in ("relu", "tanh")]
 moments, sizes = {"task 1, start": 0, "task 1, end": steps - every, "task 2, start": steps, "task 2, end": 2*steps - every}, torch.linspace(-1, 1, 21)
 OUT = Path(__file__).parent/"results"
+measured = ["inner", "distance", "first", "second", "bottom", "top", "along", "drift", "said", "came", "later"]
 
 DIGITS = load("digits").train; X, Y = (DIGITS.x.double() / DIGITS.x.max()).flatten(1)[:examples], DIGITS.y[:examples]
 
@@ -91,7 +92,7 @@ def run(case):
 
 def main():
     frames, valleys = zip(*map(run, grid))
-    pd.concat(frames, ignore_index=True).to_parquet(OUT/"coupling.parquet"); pd.concat([v for v in valleys if v is not None], ignore_index=True).to_parquet(OUT/"coupling_losses.parquet")
+    pd.concat(frames, ignore_index=True).astype({c: "float32" for c in measured}).to_parquet(OUT/"coupling.parquet"); pd.concat([v for v in valleys if v is not None], ignore_index=True).to_parquet(OUT/"coupling_losses.parquet")
 
 
 if __name__ == "__main__":

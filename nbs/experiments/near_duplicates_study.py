@@ -1,4 +1,4 @@
-"""Near-duplicates of a trained network, the runs behind results/near_duplicates.parquet and near_duplicates_push.parquet: `OMP_NUM_THREADS=1 python nbs/experiments/near_duplicates_study.py` (six minutes of one core)
+"""Near-duplicates of a trained network, the runs behind results/near_duplicates.parquet and near_duplicates_push.parquet: `OMP_NUM_THREADS=1 python nbs/experiments/near_duplicates_study.py` (some five minutes of one core)
 
 Networks of one hidden layer learn whether a digit is odd (the source), and then which digit it is (the target), with weight decay .01. Near-duplicates are of two kinds. *Made*: 4 units trained on the source for a time
 of 100, each then doubled and its copies' incoming weights turned apart by an angle δ. *Found*: of 32 units, after a source of 200 … 800, those that are each other's nearest and less than .1 apart.
