@@ -141,7 +141,7 @@ def test_a_study_of_bits_is_run_stopped_and_resumed(engine, tmp_path):
             if learner.at.task == 1: raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as m:
         make = experiments.make_callbacks
-        m.setattr(experiments, "make_callbacks", lambda cfg, arm: [*make(cfg, arm), Stop()])
+        m.setattr(experiments, "make_callbacks", lambda *a: [*make(*a), Stop()])
         with pytest.raises(KeyboardInterrupt): run_study(compose(words, verify), tmp_path/"b")
     run_study(compose([*words, "resume=true"], verify), tmp_path/"b"); a, b = load_run(whole), load_run(tmp_path/"b")
     by = ["run", "replica", "task", "layer", "split", "metric", "step"]
