@@ -9,7 +9,7 @@ __all__ = ['run_help', 'done', 'messages', 'console', 'cell', 'show_table', 'des
            'show_figures', 'show', 'data']
 
 # %% ../nbs/api/46_cli.ipynb #a3bcb0b9
-import argparse, json, math, sys, tempfile
+import argparse, json, sys, tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import hydra
@@ -95,8 +95,7 @@ def describe(cfg):
     data, learners = plan(cfg)
     learner = learners[0]; nets = learner.replicas
     size = sum(p[0].numel() for p in nets.params.values())
-    steps = len(learner.stream) * learner.epochs * math.ceil(learner.stream[0].train.n / learner.batch_size)
-    print(f"Dry run: {cfg.model.name} with {size:,} parameters on {data.name}{' (a part)' if data.part else ''}, {len(learner.stream)} tasks of {cfg.stream.name}, about {steps:,} steps "
+    print(f"Dry run: {cfg.model.name} with {size:,} parameters on {data.name}{' (a part)' if data.part else ''}, {len(learner.stream)} tasks of {cfg.stream.name}, about {learner.steps:,} steps "
           f"of batch {learner.batch_size} for {len(nets)} replicas in each arm: {', '.join(a.run for a in learners)}. Device: {nets.device}. Nothing was trained or written.")
 
 # %% ../nbs/api/46_cli.ipynb #6954ca49

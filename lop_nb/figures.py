@@ -432,6 +432,6 @@ def save_more(
     "Write the figures of what was recorded on request: other tasks, histograms"
     has = lambda start: bool(df.metric.str.startswith(start).any())
     names = ["accuracy_matrix", "forgetting"]*has("other_accuracy") + ["activations"]*has("act_means_hist") + ["binned_error"]*has("binned_loss")
-    names += ["cloning"]*bool((df.metric == "cloning_r2").any())
+    names += ["cloning"]*has("cloning_r2")
     if {"online_accuracy", "weight_magnitude", "dead_fraction", "effective_rank"} <= set(df.metric): names.append("comparison")
     return [draw(df, n).save(Path(folder)/f"{n}.png") for n in names]
