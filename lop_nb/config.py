@@ -10,8 +10,8 @@ __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'Data
            'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'StagesConfig',
            'BitFlipsConfig', 'PassageConfig', 'Adam', 'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig',
            'L2InitConfig', 'WeightClippingConfig', 'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'CloneConfig',
-           'ScratchConfig', 'InterventionConfig', 'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config',
-           'streams', 'options', 'published', 'streaming', 'vgg', 'presets', 'register', 'settings']
+           'ScratchConfig', 'PruningConfig', 'InterventionConfig', 'TrainingConfig', 'MetricsConfig', 'LoggingConfig',
+           'Config', 'streams', 'options', 'published', 'streaming', 'vgg', 'presets', 'register', 'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -307,6 +307,18 @@ class CloneConfig:
 class ScratchConfig:
     "Fresh networks of the clone's width, for comparison"
     when: str = "task"                   # task: before each task but the first; start: from the first on, as wide as the last
+
+# %% ../nbs/api/02_config.ipynb #a7a4f785
+@dataclass
+class PruningConfig:
+    "Train, prune, rewind, and again (Frankle & Carbin, 2019)"
+    target: float = .2                   # density after the last round
+    rounds: int = 3                      # of pruning
+    criterion: str = "magnitude"         # magnitude, movement, gradient, live_magnitude
+    scope: str = "layer"                 # what weights compete with: layer, global; unit: whole units, in each layer
+    head: float = 1.                     # the head loses this share of what other layers lose in a round
+    rewind: str = "weights"              # weights; rate: the optimizer alone; none: fine-tuning
+    step: int = 0                        # step of the first round to which weights are rewound
 
 # %% ../nbs/api/02_config.ipynb #95cabace
 @dataclass

@@ -103,7 +103,8 @@ def call(self:Learner, moment):
 @patch
 def _attach(self:Learner):
     "Note who wants to be told of what, so that nobody is asked in vain"
-    self._hooks = {m: [getattr(c, m) for c in self.callbacks if getattr(type(c), m) is not getattr(Callback, m)] for m in moments}
+    order = lambda m: lambda c: getattr(getattr(c, m), "order", c.order)      # a method may have one of its own
+    self._hooks = {m: [getattr(c, m) for c in sorted(self.callbacks, key=order(m)) if getattr(type(c), m) is not getattr(Callback, m)] for m in moments}
     self._inputs = tuple(partial(c.inputs, self) for c in self.callbacks if type(c).inputs is not Callback.inputs)
     self.call("before_fit")
 
