@@ -11,15 +11,18 @@ __all__ = ['jacobian', 'kernel', 'eigenvalues', 'kernel_trace', 'kernel_conditio
 
 # %% ../nbs/api/47_ntk.ipynb #feb3472f
 import math, torch
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 import torch.nn.functional as F
-from torch.func import functional_call
+from torch import nn
+from torch.func import functional_call, vjp, vmap
 from . import ranks
 from .activity import double
 from .gradients import mean_gradient, pullbacks, stacked, still
 from .ranks import outer
 from .runtime import LopError
+from .units import hooked
 
 # %% ../nbs/api/47_ntk.ipynb #7d543608
 def _legal(mask, params):
@@ -29,12 +32,16 @@ def _legal(mask, params):
         if m.dtype != torch.bool: raise LopError(f"The mask of '{k}' is {m.dtype}, not bool. Pass mask > 0.")
 
 def _single(model, r, mask, dtype):
-    "Replica r as `pullbacks` takes it, in `dtype`; and which of its parameters may move: bool [P], None for all"
-    module, params, buffers = stacked(model); _legal(mask, params); mask = mask or {}
+    "Replica r as `pullbacks` takes it, in `dtype`; and which of its parameters may move: {name: bool}, missing for all"
+    module, params, buffers = stacked(model); _legal(mask, params)
     one = lambda ts: {k: t[r:r + 1].to(dtype) if t.is_floating_point() else t[r:r + 1] for k, t in ts.items()}
-    p = {k: v.where(mask[k][r:r + 1], 0.) if k in mask else v for k, v in one(params).items()}
-    keep = torch.cat([(mask[k][r] if k in mask else torch.ones_like(v[0], dtype=bool)).flatten() for k, v in p.items()]) if mask else None
-    return SimpleNamespace(modules=[module], params=p, buffers=one(buffers)), keep
+    free = {k: m[r] for k, m in (mask or {}).items()}
+    p = {k: v.where(free[k], 0.) if k in free else v for k, v in one(params).items()}
+    return SimpleNamespace(modules=[module], params=p, buffers=one(buffers)), free
+
+def _flat(net, free):
+    "Which parameters may move: bool [P], None for all"
+    if free: return torch.cat([free.get(k, torch.ones_like(p[0], dtype=bool)).flatten() for k, p in net.params.items()])
 
 def _pulled(net, keep, x, d):
     "vᵀJᵢ for x [1, n, …] and the rows v of d [V, C]: [n, V, P], without the parameters that may not move"
@@ -53,12 +60,12 @@ def jacobian(
     model,              # `Replicas`, or a module as one replica
     x,                  # inputs [R, n, …]
     mask=None,          # {name: bool [R, *shape]}: which weights are there; None, and names that are missing: all
-    dtype=torch.float64 # to compute in
+    dtype=torch.float64 # to compute in; float32 on devices that have no other
 ):                      # [R, n, C, P], in the order of the parameters; zero for pruned weights
     "The derivatives of every example's logits by every parameter, in evaluation mode; needs R·n·C·P numbers"
     d, out = torch.eye(_outputs(model, x), dtype=dtype, device=x.device), []
     for r in range(len(x)):
-        net, keep = _single(model, r, mask, dtype)
+        net, free = _single(model, r, mask, dtype); keep = _flat(net, free)
         J = _pulled(net, None, x[r:r + 1].to(dtype), d)
         out.append(J if keep is None else J.where(keep, 0.))
     return torch.stack(out)
@@ -72,25 +79,77 @@ def _products(blocks):
         for j in range(i + 1, len(blocks)): grid[i][j] = A @ blocks[j]().mT; grid[j][i] = grid[i][j].mT
     return torch.cat([torch.cat(row, -1) for row in grid], -2)
 
-def _kernels(model, x, units, rows, mask, memory, dtype):
-    "Of each replica the products [G, N, N] of rows(vᵀJᵢ [n, V, P]) -> [G, N, P]; units [R, V, C]"
-    out = []
-    for r, d in enumerate(units.to(x.device, dtype)):
-        net, keep = _single(model, r, mask, dtype)
-        free = sum(p.numel() for p in net.params.values()) if keep is None else int(keep.sum())
-        many = memory // max(1, len(d) * free * d.element_size())
-        parts = x[r:r + 1].to(dtype).split(max(1, many if many >= x.shape[1] else many // 2), 1)
-        out.append(_products([partial(lambda part: rows(_pulled(net, keep, part, d)), part) for part in parts]))
-    return torch.stack(out)
+def _by_rows(net, free, x, d, rows, memory):
+    "The products [G, N, N] of rows(vᵀJᵢ [n, V, P]) -> [G, N, P], in blocks of examples"
+    keep = _flat(net, free); size = sum(p.numel() for p in net.params.values()) if keep is None else int(keep.sum())
+    many = memory // max(1, len(d) * size * d.element_size())
+    parts = x.split(max(1, many if many >= x.shape[1] else many // 2), 1)
+    return _products([partial(lambda part: rows(_pulled(net, keep, part, d)), part) for part in parts])
 
 # %% ../nbs/api/47_ntk.ipynb #1e9365ea
+@contextmanager
+def _watched(module, names, hook):
+    "Call hook(name, module, inputs, output) at each of the places"
+    with ExitStack() as stack:
+        for n in names: stack.enter_context(hooked(module, n, partial(hook, n)))
+        yield
+
+def _linear(net, x):
+    "{name: layer} if all parameters are those of linear layers, each of which sees an example once, as a vector; else None"
+    module, seen = net.modules[0], []; layers = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    if {f"{n}.{k}" for n, m in layers.items() for k, _ in m.named_parameters()} != set(net.params): return None
+    with _watched(module, layers, lambda n, m, a, out: seen.append((n, a[0].ndim))), torch.no_grad(): _call(net, x[0, :1])
+    return layers if sorted(seen) == sorted((n, 2) for n in layers) else None
+
+def _call(net, x):
+    first = lambda ts: {k: t[0] for k, t in ts.items()}
+    return functional_call(net.modules[0], (first(net.params), first(net.buffers)), (x,))
+
+def _signals(net, layers, x, d):
+    "Of each layer its inputs a [n, in], and the rows v of d [V, C] pulled back to its outputs, δ [n, V, out]"
+    def call(zeros):
+        inputs = {}
+        def hook(n, m, a, out): inputs[n] = a[0]; return out + zeros[n]
+        with _watched(net.modules[0], layers, hook): return _call(net, x[0]), inputs
+    _, back, a = vjp(call, {n: x.new_zeros(x.shape[1], m.out_features) for n, m in layers.items()}, has_aux=True)
+    δ = vmap(lambda v: back(v.expand(x.shape[1], -1))[0], out_dims=1)(d)
+    return {n: (a[n], δ[n]) for n in layers}
+
+# %% ../nbs/api/47_ntk.ipynb #c61ff875
+def _of_layer(a, δ, rows, weights=None, bias=None):
+    "A layer's part of the kernel; weights bool [out, in] and bias bool [out]: those that may move, None: all of them, and no bias"
+    def product(δ, A):
+        D = outer(rows(δ)); times = D.shape[-1] // len(A)
+        return D * A.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    if weights is None and (bias is None or bool(bias.all())): return product(δ, outer(a) + (bias is not None))
+    if weights is None: weights = a.new_ones(δ.shape[-1], a.shape[-1], dtype=bool)
+    return sum(product(δ[..., o:o + 1], outer(a[:, w]) + (0 if bias is None else bias[o].to(a))) for o, w in enumerate(weights))
+
+def _by_layers(net, free, x, d, rows, layers):
+    out = 0
+    for n, (a, δ) in _signals(net, layers, x, d).items():
+        bias = free.get(f"{n}.bias", torch.ones_like(δ[0, 0], dtype=bool)) if f"{n}.bias" in net.params else None
+        out = out + _of_layer(a, δ, rows, free.get(f"{n}.weight"), bias)
+    return out
+
+def _kernels(model, x, units, rows, mask, memory, dtype):
+    "Of each replica the products [G, N, N]; units [R, V, C]"
+    out = []
+    for r, d in enumerate(units.to(x.device, dtype)):
+        net, free = _single(model, r, mask, dtype); one = x[r:r + 1].to(dtype)
+        with still(net.modules[0]):
+            layers = _linear(net, one)
+            out.append(_by_rows(net, free, one, d, rows, memory) if layers is None else _by_layers(net, free, one, d, rows, layers))
+    return torch.stack(out)
+
+# %% ../nbs/api/47_ntk.ipynb #47667111
 def kernel(
     model,               # `Replicas`, or a module as one replica
     x,                   # inputs [R, n, …]
     contract=False,      # sum over the classes?
     mask=None,           # {name: bool [R, *shape]}: of a ticket; None: every weight is there
-    memory=2**30,        # bytes for rows of J
-    dtype=torch.float64  # to compute in
+    memory=2**30,        # bytes for rows of J, where they are needed
+    dtype=torch.float64  # to compute in; float32 on devices that have no other
 ):                       # [R, n, n] contracted; else [R, nC, nC], rows and columns by example, then class
     "The empirical neural tangent kernel JJᵀ in evaluation mode (Jacot et al., 2018), one replica after the other"
     C = _outputs(model, x)

@@ -4,8 +4,9 @@ from functools import partial
 from itertools import combinations
 
 import pytest, torch, torch.nn.functional as F
+from torch import nn
 
-from lop_nb import ranks
+from lop_nb import ntk, ranks
 from lop_nb.models import CNN, MLP, ResNet, ViT
 from lop_nb.ntk import (eigenvalues, jacobian, kernel, kernel_alignment, kernel_condition, kernel_cosine, kernel_distance, kernel_effective_rank, kernel_measures, kernel_trace,
                         kernel_velocity, mean_gradient_inner_product, sampled_kernel, target_kernel)
@@ -69,13 +70,33 @@ def test_blocks_change_nothing(contract, memory):
 
 def test_memory_bounds_the_rows_that_are_held(monkeypatch):
     "of 64 examples with 16 kB of rows each, 128 kB hold two blocks of 4; each block is pulled back once with every one before it"
-    from lop_nb import ntk
-    nets, x, seen = Replicas(partial(MLP, 19, 10, hidden_sizes=[], normalization="none"), [0]), gauss(1, 64, 19), []
+    nets, x, seen = Replicas(lambda: nn.Sequential(nn.Linear(18, 10, bias=False), nn.BatchNorm1d(10)), [0]), gauss(1, 64, 18), []
     pulled = ntk._pulled
     monkeypatch.setattr(ntk, "_pulled", lambda net, keep, x, d: seen.append(x.shape[1]) or pulled(net, keep, x, d))
     size = 200*10*8; assert sum(p.numel() for p in nets.params.values()) == 200
     kernel(nets, x, memory=8*size); assert max(seen) == 4 and len(seen) == 16*17/2
     seen.clear(); kernel(nets, x, memory=64*size); assert seen == [64]
+
+
+@pytest.mark.parametrize("masked", ["no", "weights", "one layer", "biases too"])
+@pytest.mark.parametrize("make", [NETWORKS["tanh"], partial(MLP, 64, 5, hidden_sizes=[7, 6], normalization="none", bias=False), partial(MLP, 64, 5, hidden_sizes=[7], normalization="batch", normalization_affine=False)])
+def test_layers_without_a_jacobian_give_the_same(masked, make, monkeypatch):
+    "the products of linear layers beside the rows of J: whole, contracted, drawn; with masks, biases, norms without parameters"
+    nets, x = aged(make), gauss(2, 6, 1, 8, 8, seed=1); masks = masks_of(nets, .4)
+    if masked == "one layer": masks.popitem()
+    if masked == "biases too": masks = {k: torch.rand(p.shape, generator=torch.Generator().manual_seed(7)) < .5 for k, p in nets.params.items() if k != "out.weight"}
+    ask = lambda: [kernel(nets, x, mask=m), kernel(nets, x, True, m), sampled_kernel(nets, x, 3, [generator(r, "ntk") for r in range(2)], m)[0]]
+    m = None if masked == "no" else masks; monkeypatch.setattr(ntk, "_by_rows", None); fast = ask()
+    monkeypatch.undo(); monkeypatch.setattr(ntk, "_linear", lambda *_: None); slow = ask()
+    for a, b in zip(fast, slow): assert (a - b).abs().max() <= 1e-11*b.max() and torch.equal(a, a.mT)
+
+
+def test_layers_that_see_an_example_twice_need_a_jacobian():
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.Linear(5, 5)
+        def forward(self, x): return self.a(self.a(x))
+    m, x = Twice().double(), gauss(1, 4, 5); slow = by_loop(m, x[0]).flatten(0, 1)
+    assert (kernel(m, x)[0] - slow @ slow.T).abs().max() < 1e-12
 
 
 def test_a_module_is_one_replica_and_float32_is_computed_in_float64():
