@@ -4,8 +4,10 @@ from functools import partial
 
 import pytest, torch
 
+from lop_nb.imp import shuffled
+from lop_nb.masks import between, live_units, prunable
 from lop_nb.models import CNN, MLP, ResNet, ViT
-from lop_nb.overlap import (_counts, aggregate, average, chance, corrected, jaccard, live_units, live_weights, matched, n_way, pair_overlap, pairs, plastic_masks, shuffled, strata)
+from lop_nb.overlap import (_counts, aggregate, average, chance, corrected, jaccard, matched, n_way, pair_overlap, pairs, plastic_masks, strata)
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError, generator
 from lop_nb.units import gather, scatter
@@ -108,14 +110,14 @@ def test_shuffles_keep_each_class_and_are_the_generators_own():
 @pytest.mark.parametrize("make", [partial(MLP, 64, 5, hidden_sizes=[7, 6]), partial(CNN, 1, 8, 5, conv_channels=[3, 4], fc_hidden_units=[6]), partial(ResNet, 1, 8, 5, layers=[1, 1], base_channels=3), partial(ViT, 1, 8, 5, patch_size=4, embed_dim=6, depth=1, n_heads=2)])
 def test_live_weights_are_those_the_graph_names(make):
     "for each group in turn one unit dies: exactly its reads and writes go, in its replica alone"
-    nets = Replicas(make, range(2)); masks = {k: torch.ones_like(p, dtype=bool) for k, p in nets.params.items() if p.ndim > 2}
+    nets = Replicas(make, range(2)); masks = {k: torch.ones_like(nets.params[k], dtype=bool) for k in prunable(nets.modules[0])}
     for g in nets.graph.groups:
         live = {g.name: torch.ones(2, g.size, dtype=bool)}; live[g.name][1, g.size - 1] = False
-        got = live_weights(nets.graph, live, masks); mine = [s for s in (*g.reads, *g.writes) if s.param in masks]
+        got = between(masks, nets.graph, live); mine = [s for s in (*g.reads, *g.writes) if s.param in masks]
         count = {k: torch.zeros_like(m, dtype=torch.int64) for k, m in masks.items()}
         for s in mine: scatter(count, s, torch.tensor([[g.size - 1]]*2), 1); assert not gather(got, s, torch.tensor([[g.size - 1]]*2))[1].any()
         for k in masks: assert got[k][0].all() and torch.equal(~got[k][1], count[k][1] == 1)
-    everyone = live_weights(nets.graph, {}, masks); assert all(torch.equal(m, masks[k]) for k, m in everyone.items())
+    everyone = between(masks, nets.graph, {}); assert all(torch.equal(m, masks[k]) for k, m in everyone.items())
 
 
 def test_live_units_are_those_that_speak():
