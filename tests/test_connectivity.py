@@ -150,9 +150,9 @@ def test_children_are_one_until_they_part(part):
 
 
 def test_children_go_on_from_the_trunks_own_state():
-    "a child whose batches bear the trunk's name goes where the trunk would have gone: weights, statistics, moments, dropout, place in the epoch"
-    logs = []; make = makers(logs); one, = children(lambda batches: make(""), 4, count=1); alone = make("").fit()
-    assert same([*one.replicas.params.values(), *one.replicas.buffers.values()], [*alone.replicas.params.values(), *alone.replicas.buffers.values()])
+    "children whose batches bear the trunk's name go where the trunk would have gone, the second as the first: weights, statistics, moments, dropout, place in the epoch"
+    logs = []; make = makers(logs); both = children(lambda batches: make(""), 4); alone = make("").fit()
+    for one in both: assert same([*one.replicas.params.values(), *one.replicas.buffers.values()], [*alone.replicas.params.values(), *alone.replicas.buffers.values()])
 
 
 def test_children_that_part_at_the_end_or_in_a_later_task():

@@ -135,6 +135,14 @@ def test_dead_weights_no_longer_count():
     assert abs(raw["jaccard"] - (.1 + .02)/(.1 + .18)) < .01 and raw["corrected"] > .2 and abs(alive["corrected"]) < .01 and set(raw.index) == {"jaccard", "chance", "corrected"}
 
 
+def test_a_pair_is_compared_where_both_are_alive():
+    masks, live = drawn(.4, 3), drawn(.6, 3, 5); t = pair_overlap(masks, live=live).query("layer == 'all'").set_index("measure")["mean"]
+    every = []
+    for r, s in ((0, 1), (0, 2), (1, 2)):
+        there = {k: m[r:r + 1] & m[s:s + 1] for k, m in live.items()}; A, B = (kept({k: m[i:i + 1] for k, m in masks.items()}, 0, there) for i in (r, s)); every.append(len(A & B) / len(A | B))
+    assert abs(t["jaccard"] - sum(every)/3) < 1e-12
+
+
 # ---- many tickets ----
 def test_pairs_and_n_way():
     masks = drawn(.4, 4); i, j = pairs(masks); t = pair_overlap(masks, start={k: m[:1].float() for k, m in masks.items()})
