@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from .config import PruningConfig
 from .learner import Callback
-from .masks import Mask, between, full, live_units, prunable
+from .masks import Mask, among, full, live_units, prunable
 from .runtime import LopError, generator, one_of
 from .units import of_all
 
@@ -71,7 +71,7 @@ def unit_scores(
 
 def _units(scores, density, alive, graph):
     kept = {g: keep(s, max(1, round(density * s.shape[1]))) for g, s in unit_scores({k: s * alive[k] for k, s in scores.items()}, graph).items()}
-    return {k: m & alive[k] for k, m in between(scores, graph, kept).items() if k in alive}
+    return {k: m & alive[k] for k, m in among(scores, graph, kept).items() if k in alive}
 
 # %% ../nbs/api/44_imp.ipynb #bc5e98b3
 criteria = {
@@ -147,7 +147,7 @@ def next_mask(self:Search, learner):
     "The mask of this round, a part of the last"
     nets, (d, head) = learner.replicas, self.steps[learner.at.task]
     w, ends = {k: nets.params[k].detach() for k in self.masks}, {s.param for s in nets.graph.outputs.weights}
-    live = between(w, nets.graph, live_units(nets, self.probe(learner), 1.)) if self.criterion == "live_magnitude" else None
+    live = among(w, nets.graph, live_units(nets, self.probe(learner), 1.)) if self.criterion == "live_magnitude" else None
     share = {k: head if k in ends else d for k in w} if self.scope == "layer" else d
     self.masks, old = prune(criteria[self.criterion](w, self.start, {k: v for k, v in self.sizes.means.items() if k in w} if self.sizes.steps else None, live), share, self.scope, self.masks, nets.graph), self.masks
     if any((m & ~old[k]).any() for k, m in self.masks.items()): raise LopError(f"A weight that was pruned came back in round {learner.at.task}: a mask has to be a part of the one before it.")

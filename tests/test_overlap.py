@@ -5,7 +5,7 @@ from functools import partial
 import pytest, torch
 
 from lop_nb.imp import shuffled
-from lop_nb.masks import between, live_units, prunable
+from lop_nb.masks import among, live_units, prunable
 from lop_nb.models import CNN, MLP, ResNet, ViT
 from lop_nb.overlap import (_counts, aggregate, average, chance, corrected, jaccard, matched, n_way, pair_overlap, pairs, plastic_masks, strata)
 from lop_nb.replicas import Replicas
@@ -113,11 +113,11 @@ def test_live_weights_are_those_the_graph_names(make):
     nets = Replicas(make, range(2)); masks = {k: torch.ones_like(nets.params[k], dtype=bool) for k in prunable(nets.modules[0])}
     for g in nets.graph.groups:
         live = {g.name: torch.ones(2, g.size, dtype=bool)}; live[g.name][1, g.size - 1] = False
-        got = between(masks, nets.graph, live); mine = [s for s in (*g.reads, *g.writes) if s.param in masks]
+        got = among(masks, nets.graph, live); mine = [s for s in (*g.reads, *g.writes) if s.param in masks]
         count = {k: torch.zeros_like(m, dtype=torch.int64) for k, m in masks.items()}
         for s in mine: scatter(count, s, torch.tensor([[g.size - 1]]*2), 1); assert not gather(got, s, torch.tensor([[g.size - 1]]*2))[1].any()
         for k in masks: assert got[k][0].all() and torch.equal(~got[k][1], count[k][1] == 1)
-    everyone = between(masks, nets.graph, {}); assert all(torch.equal(m, masks[k]) for k, m in everyone.items())
+    everyone = among(masks, nets.graph, {}); assert all(torch.equal(m, masks[k]) for k, m in everyone.items())
 
 
 def test_live_units_are_those_that_speak():
