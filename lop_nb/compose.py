@@ -6,10 +6,11 @@ Docs: https://lop-nb.github.io/lop_nb/api/compose.html.md"""
 
 # %% auto #0
 __all__ = ['aliases', 'studies', 'phrases', 'switches', 'companions', 'grids', 'retired', 'ranges', 'choices', 'growing',
-           'rename', 'expand', 'size_of', 'compose', 'inside', 'check']
+           'rename', 'expand', 'runs_of', 'size_of', 'compose', 'inside', 'check']
 
 # %% ../nbs/api/03_compose.ipynb #826e18cd
 import math, re
+from itertools import product
 from hydra import compose as hydra_compose, initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,15 +44,16 @@ aliases = {"use_wandb": "logging.wandb", "logging.use_wandb": "logging.wandb", "
            "model.m": "stream.bits", "model.f": "stream.slow", "model.hidden_size_target": "stream.hidden", "model.beta": "stream.beta", "training.T": "stream.examples",
            "training.rho": "intervention.continual_backprop.replacement_rate", "training.maturity_threshold": "intervention.continual_backprop.maturity_threshold",
            "training.cbp_decay_rate": "intervention.continual_backprop.decay", "optimizer.step_size": "optimizer.lr",
-           "overlap_parameters_tickets.mask_selection_criterion": "tickets.aggregate", "overlap_parameters_tickets.target_percentages_values": "tickets.targets",
-           "overlap_parameters_tickets.pruning_rounds_values": "tickets.rounds", "winning_tickets_masks.num_tickets": "tickets.masks", "winning_tickets_plasticity.num_tasks": "tickets.new_tasks",
-           **{f"{part}.num_masks_per_task": "tickets.masks" for part in ("winning_tickets_accuracy", "test_random_masks")},
-           **{f"{part}.tasks": "tickets.tasks" for part in ("winning_tickets_masks", "overlap_parameters_tickets", "winning_tickets_plasticity", "winning_tickets_accuracy", "test_random_masks", "parameter_plasticity")},
            "metrics.fixed_batch_size": "metrics.probe_size", "training.bin_size": "metrics.bin", "metrics.log_histograms": "metrics.histograms"}
 
+# %% ../nbs/api/03_compose.ipynb #b614027d
 studies = dict(lop="tickets/lop", winning_tickets_masks="tickets/masks", winning_tickets_accuracy="tickets/accuracy", winning_tickets_plasticity="tickets/plasticity", test_random_masks="tickets/random-masks",
                parameter_plasticity="tickets/parameter-plasticity", overlap_parameters_tickets="tickets/overlap")
+aliases |= {"overlap_parameters_tickets.mask_selection_criterion": "tickets.aggregate", "overlap_parameters_tickets.target_percentages_values": "tickets.targets", "overlap_parameters_tickets.pruning_rounds_values": "tickets.rounds",
+            "winning_tickets_masks.num_tickets": "tickets.masks", "winning_tickets_plasticity.num_tasks": "tickets.new_tasks",
+            **{f"{study}.num_masks_per_task": "tickets.masks" for study in studies}, **{f"{study}.tasks": "tickets.tasks" for study in studies if study != "lop"}}
 
+# %% ../nbs/api/03_compose.ipynb #3d3cf3fc
 def rename(
     override:str # `key=value`
 )->str:          # The same with our name for the key
@@ -77,7 +79,7 @@ phrases = {   # a word of theirs -> (its value, the examples of a task) -> our o
     "training.num_expansions": lambda v, _: f"stream.tasks={int(v) + 1}" if v.isdecimal() else None,
     "training.track_base": lambda v, _: {True: "intervention.arms=[backprop,clone,scratch]", False: "intervention.arms=[clone]"}.get(_switch(v)),
     "training.n_examples": _tasks,
-    **{f"{part}.{word}": (lambda v, _, key=key: f"tickets.{key}=[{v}]") for part in ("winning_tickets_masks", "winning_tickets_plasticity", "winning_tickets_accuracy", "test_random_masks", "parameter_plasticity")
+    **{f"{part}.{word}": (lambda v, _, key=key: f"tickets.{key}=[{v}]") for part in studies
        for word, key in (("target_percentage", "targets"), ("pruning_rounds", "rounds"))}}
 
 switches = {"training.continual_backprop": "continual_backprop", "training.use_shrink_perturb": "shrink_and_perturb"}   # together they make one arm
@@ -154,6 +156,12 @@ def _parse(overrides):
 def _values(o):
     "The override once for each value that it sweeps over"
     return [f"{o.input_line.partition('=')[0]}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+
+def runs_of(
+    overrides # `key=value` strings
+)->list:      # of such lists
+    "The overrides of each run of a sweep over them"
+    return [[*words] for words in product(*map(_values, _parse(expand(overrides))))]
 
 def size_of(
     overrides # `key=value` strings

@@ -321,6 +321,7 @@ class PruningConfig:
     rewind: str = "weights"              # weights; rate: the optimizer alone; none: fine-tuning
     step: int = 0                        # step of the first round to which weights are rewound
 
+# %% ../nbs/api/02_config.ipynb #c5e21a09
 @dataclass
 class TicketsConfig:
     "Winning tickets along a stream: what is done with the networks of +experiment=tickets/lop (see `pipeline`)"
@@ -329,6 +330,7 @@ class TicketsConfig:
     masks: int = 2                                                             # tickets of each network at each of them
     targets: list[float] = field(default_factory=lambda: [PruningConfig.target]) # densities
     rounds: list[int] = field(default_factory=lambda: [PruningConfig.rounds])  # of pruning, for each of the targets
+    nested: bool = False                                                       # one search that passes all targets, in place of one for each
     criterion: str = PruningConfig.criterion                                   # these five as in `PruningConfig`
     scope: str = PruningConfig.scope
     head: float = PruningConfig.head
@@ -471,6 +473,7 @@ def _lop():
         metrics=dict(probe_split="test", probe_size=None, dead_threshold=1.),
         logging=dict(snapshot_tasks=50))
 
+# %% ../nbs/api/02_config.ipynb #5a234689
 _stages = ["lop", "masks", "accuracy", "random_masks", "plasticity", "parameter_plasticity", "overlap"]
 
 def _tickets():

@@ -96,21 +96,26 @@ class GradientSizes(Callback):
 
 # %% ../nbs/api/44_imp.ipynb #25f9ad22
 def ladder(
-    target,      # density at the end, for all but the head
-    rounds,      # of pruning
+    target,      # density at the end, for all but the head; or several, on the way, from high to low
+    rounds,      # of pruning until then; or until each of them
     head=_p.head # the head loses this share of what others lose in a round: 1, the same; 0, nothing
-)->list:         # of rounds + 1 pairs: density of the layers, density of the head
-    "Densities after 0, 1, … rounds: each keeps the same share of what is left"
-    if not 0 < target <= 1: raise LopError(f"pruning.target={target}: the share of the weights that is kept is more than 0 and at most 1.")
-    if rounds < 1: raise LopError(f"pruning.rounds={rounds}: there is at least 1 round of pruning.")
-    p = target ** (1 / rounds)
-    return [(p**r, (1 - (1 - p)*head)**r) for r in range(rounds + 1)]
+)->list:         # of a pair for each training, the first without pruning: density of the layers, density of the head
+    "Densities after 0, 1, … rounds: on the way to a target each round keeps the same share of what is left"
+    targets, ends = (list(v) if isinstance(v, (list, tuple)) else [v] for v in (target, rounds))
+    if not all(0 < t <= 1 for t in targets): raise LopError(f"pruning.target={target}: the share of the weights that is kept is more than 0 and at most 1.")
+    if min(ends) < 1: raise LopError(f"pruning.rounds={rounds}: there is at least 1 round of pruning.")
+    if len(targets) != len(ends) or targets != sorted(targets, reverse=True) or ends != sorted({*ends}): raise LopError(f"pruning.target={target}, pruning.rounds={rounds}: targets on the way fall, and each is reached after more rounds than the one before.")
+    out = [(1., 1.)]
+    for t, n in zip(targets, ends):
+        (d, h), steps = out[-1], n - len(out) + 1; p = (t / d)**(1 / steps)
+        out += [(d * p**k, h * (1 - (1 - p)*head)**k) for k in range(1, steps + 1)]
+    return out
 
 # %% ../nbs/api/44_imp.ipynb #b2484f19
 class Search(Mask):
     "Iterative pruning: each task of the learner is a round (Frankle & Carbin, 2019)"
     def __init__(self,
-        target=_p.target,      # density after the last round
+        target=_p.target,      # density after the last round; or several on the way, see `ladder`
         rounds=_p.rounds,      # of pruning; the learner's stream has one task more
         criterion=_p.criterion,# magnitude, movement, gradient, live_magnitude
         scope=_p.scope,        # layer, global, unit
@@ -120,6 +125,7 @@ class Search(Mask):
         **kw                   # `frozen`, `check`
     ):
         super().__init__({}, **kw)
+        self.passed, self.marks = {}, [*rounds] if isinstance(rounds, (list, tuple)) else [rounds]     # masks of the targets, by their rounds
         self.steps, self.scope, self.step, self.start = ladder(target, rounds, head), one_of("pruning.scope", scope, _scopes), step, None
         self.criterion, self.rewind, self.sizes = one_of("pruning.criterion", criterion, criteria), one_of("pruning.rewind", rewind, ["weights", "rate", "none"]), GradientSizes()
         if scope in ("global", "unit") and head != 1: raise LopError(f"pruning.head={head} is for pruning layer by layer (pruning.scope=layer).")
@@ -151,6 +157,7 @@ def next_mask(self:Search, learner):
     share = {k: head if k in ends else d for k in w} if self.scope == "layer" else d
     self.masks, old = prune(criteria[self.criterion](w, self.start, {k: v for k, v in self.sizes.means.items() if k in w} if self.sizes.steps else None, live), share, self.scope, self.masks, nets.graph), self.masks
     if any((m & ~old[k]).any() for k, m in self.masks.items()): raise LopError(f"A weight that was pruned came back in round {learner.at.task}: a mask has to be a part of the one before it.")
+    if learner.at.task in self.marks: self.passed[learner.at.task] = self.masks
 
 @patch
 @torch.no_grad()
@@ -181,7 +188,7 @@ def after_step(self:Search, learner):
 Search.after_step.order = Mask.after_step.order
 
 @patch
-def state_dict(self:Search): return Mask.state_dict(self) | dict(start=self.start, sizes=self.sizes.state_dict())
+def state_dict(self:Search): return Mask.state_dict(self) | dict(start=self.start, passed=self.passed, sizes=self.sizes.state_dict())
 
 @patch
 def load_state_dict(self:Search, state):

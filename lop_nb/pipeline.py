@@ -52,7 +52,7 @@ def verify_tickets(
     if not t.tasks or max(t.tasks) >= tasks: raise LopError(f"tickets.tasks={t.tasks}: the stream has the tasks 0 to {tasks - 1}. Set stream.tasks higher, or tickets.tasks.")
     if len(cfg.intervention.arms) > 1: raise LopError(f"intervention.arms={list(cfg.intervention.arms)}: tickets are searched in the networks of one arm. Choose one, for example intervention=backprop.")
     if "overlap" in t.stages and t.masks < 2: raise LopError("tickets.masks=1: there are pairs of two tickets at least. Set tickets.masks=2 or more, or leave the stage overlap out.")
-    for target, rounds in zip(t.targets, t.rounds): ladder(target, rounds, t.head)
+    for target, rounds in [(list(t.targets), list(t.rounds))] if t.nested else zip(t.targets, t.rounds): ladder(target, rounds, t.head)
     with torch.device("meta"): net = make_network(cfg, *shape_of(cfg))
     for k in prunable(net):
         if round(min(t.targets) * net.get_parameter(k).numel()) < 1: raise LopError(f"tickets.targets={t.targets}: {min(t.targets)} leaves no weight of {k}, which has {net.get_parameter(k).numel()}.")
@@ -74,6 +74,7 @@ class Tickets:
     ):
         verify_tickets(cfg)
         self.cfg, self.t, self.folder, self.arm = cfg, cfg.tickets, Path(folder), cfg.intervention.arms[0]
+        self.root = self.folder/("as_coded" if self.t.faithful else "tickets")                                # the published protocol beside ours
         self.networks = seeds(cfg)
         self.of = [s for s in self.networks for _ in range(self.t.masks)]                                    # whose pictures each ticket sees
         self.own = [spawn(s, "ticket", m) for s in self.networks for m in range(self.t.masks)]
@@ -103,7 +104,7 @@ def learner(self:Tickets, stream, start, callbacks, store, run, own=None):
 @patch
 def work(self:Tickets, name, make, keep, **about):
     "Train `make(store)` in the folder `name`, and write what `keep(learner)` gives: {file: tensors}; nothing if that was done"
-    folder = self.folder/"tickets"/name
+    folder = self.root/name
     if self._done(folder, about): return folder
     folder.mkdir(parents=True, exist_ok=True); write_atomic(folder/"about.json", json.dumps(about, indent=1))
     state = load_checkpoint(folder/"checkpoints"); store = Records(folder, resume_at=state["rows"] if state else 0)
@@ -135,27 +136,30 @@ def how(self:Tickets): return dict(masks=self.t.masks, scope=self.t.scope, head=
 
 @patch
 def masks(self:Tickets):
-    for task, target, rounds in self.searches():
-        for criterion in [self.t.criterion] + ["live_magnitude"]*("live_ticket" in self.t.arms and self.t.criterion != "live_magnitude"): self.search(task, target, rounds, criterion)
+    for task in self.t.tasks:
+        for targets, rounds in [([*self.t.targets], [*self.t.rounds])] if self.t.nested else [([t], [r]) for t, r in zip(self.t.targets, self.t.rounds)]:
+            for criterion in [self.t.criterion] + ["live_magnitude"]*("live_ticket" in self.t.arms and self.t.criterion != "live_magnitude"): self.search(task, targets, rounds, criterion)
 
 @patch
-def search(self:Tickets, task, target, rounds, criterion):
+def search(self:Tickets, task, targets, rounds, criterion):
+    name = key(task, targets[-1], rounds[-1], criterion)
     def make(store):
-        callback = Search(target, rounds, criterion, self.t.scope, self.t.head, self.t.rewind, self.t.step, frozen=self.t.faithful)
-        return self.learner(Rounds(self.stream(self.of), task, rounds + 1), self.start(task), [callback], store, f"search {key(task, target, rounds, criterion)}")
-    keep = lambda learner: {"masks.pt": next(c for c in learner.callbacks if isinstance(c, Search)).masks}
-    return self.work(f"masks/{key(task, target, rounds, criterion)}", make, keep, criterion=criterion, **self.how())
+        callback = Search(targets, rounds, criterion, self.t.scope, self.t.head, self.t.rewind, self.t.step, frozen=self.t.faithful)
+        return self.learner(Rounds(self.stream(self.of), task, rounds[-1] + 1), self.start(task), [callback], store, f"search {name}")
+    keep = lambda learner: {f"{r}.pt": m for r, m in next(c for c in learner.callbacks if isinstance(c, Search)).passed.items()}
+    return self.work(f"masks/{name}", make, keep, criterion=criterion, targets=targets, after=rounds, **self.how())
 
 @patch
 def found(self:Tickets, task, target, rounds, criterion=None):
     "The masks of a search that was made: {name: bool [R, …]}"
-    criterion = criterion or self.t.criterion; name = f"masks/{key(task, target, rounds, criterion)}"
-    return self.read(name, "masks.pt", f"+experiment=tickets/masks 'tickets.tasks=[{task}]' 'tickets.targets=[{target}]' 'tickets.rounds=[{rounds}]'", criterion=criterion, **self.how())
+    criterion, (targets, after) = criterion or self.t.criterion, ([*self.t.targets], [*self.t.rounds]) if self.t.nested else ([target], [rounds])
+    return self.read(f"masks/{key(task, targets[-1], after[-1], criterion)}", f"{rounds}.pt", f"+experiment=tickets/masks 'tickets.tasks=[{task}]' 'tickets.targets={targets}' 'tickets.rounds={after}'{' tickets.nested=true' if self.t.nested else ''}",
+                     criterion=criterion, targets=targets, after=after, **self.how())
 
 @patch
 def read(self:Tickets, name, file, words, **about):
     "What a stage has left; `LopError` with the command that makes it"
-    folder = self.folder/"tickets"/name
+    folder = self.root/name
     if not self._done(folder, about): raise LopError(f"{folder} is not there, or not finished. Make it first: lop-run {words} hydra.run.dir={self.folder}")
     return torch.load(folder/file, map_location=self.data.device, weights_only=True)
 
@@ -238,7 +242,7 @@ def gradient_sizes(self:Tickets, task): return self.read(f"gradients/{key(task)}
 @patch
 def overlap(self:Tickets):
     rows = [dict(task=task, density=target, rounds=rounds, seed=s, **row) for task, target, rounds in self.searches() for n, s in enumerate(self.networks) for row in self.overlaps(n, task, target, rounds)]
-    write_atomic(self.folder/"tickets"/"overlap.csv", pd.DataFrame(rows).to_csv(index=False))
+    write_atomic(self.root/"overlap.csv", pd.DataFrame(rows).to_csv(index=False))
 
 @patch
 def overlaps(self:Tickets, n, task, target, rounds):
@@ -255,14 +259,14 @@ def overlaps(self:Tickets, n, task, target, rounds):
 def run_tickets(
     cfg,   # a composed config with tickets.stages
     folder # of the run; that of tickets/lop, if that stage was made before
-)->Path:   # the folder
+)->Path:   # of their tables, report and figures
     "Make the stages, or go on with them, and write tables, report and figures"
-    study = Tickets(cfg, folder); folder = study.folder
-    if "lop" not in cfg.tickets.stages: _as_before(cfg, folder)
+    study = Tickets(cfg, folder)
+    if "lop" not in cfg.tickets.stages: _as_before(cfg, study.folder)
     torch.set_num_threads(cfg.training.threads)
     for s in in_order(cfg.tickets.stages): getattr(study, s)()
     write_report(study)
-    return folder
+    return study.root
 
 def _as_before(cfg, folder):
     if not (folder/"config.yaml").is_file(): raise LopError(f"{folder} holds no run of tickets/lop. Train the networks first: lop-run +experiment=tickets/lop hydra.run.dir={folder}")
@@ -270,14 +274,14 @@ def _as_before(cfg, folder):
 
 # %% ../nbs/api/52_pipeline.ipynb #a6b3e371
 def ticket_rows(
-    folder # of a run with stages of tickets
+    folder # of a study of tickets: DIR/tickets, or DIR/as_coded
 )->pd.DataFrame: # records with the columns kind (masks, trials, plasticity, gradients), start, density, rounds, network
     "The records of all stages that were made, as one table"
     parts, folder = [], Path(folder)
-    for done in sorted(folder.glob("tickets/*/**/done")):
-        kind, name = done.relative_to(folder/"tickets").parts[:2]; of = dict((p[0], float(p[1:])) for p in name.split("_")[2:4] if p[0] in "pr")
+    for done in sorted(folder.glob("*/**/done")):
+        kind, name = done.relative_to(folder).parts[:2]; of = dict((p[0], float(p[1:])) for p in name.split("_")[2:4] if p[0] in "pr")
         parts.append(read_records(done.parent).assign(kind=kind, start=int(name.split("_")[1]), density=of.get("p", 1.), rounds=int(of.get("r", 0)), live=name.endswith("live_magnitude")))
-    if not parts: raise LopError(f"No stage of tickets has been made in {folder}. The first is: lop-run +experiment=tickets/masks hydra.run.dir={folder}")
+    if not parts: raise LopError(f"No stage of tickets has been made in {folder}. The first is: lop-run +experiment=tickets/masks hydra.run.dir={folder.parent}")
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/api/52_pipeline.ipynb #29744b4c
@@ -286,7 +290,7 @@ def arm_table(
     metric="test_accuracy"
 )->pd.DataFrame: # rows task, density, rounds, run; columns mean, half, networks, masks
     "What each arm has at the end of its task"
-    df = ticket_rows(study.folder); df = df[(df.kind == "trials") & (df.metric == metric)].assign(network=lambda d: d.replica // study.t.masks)
+    df = ticket_rows(study.root); df = df[(df.kind == "trials") & (df.metric == metric)].assign(network=lambda d: d.replica // study.t.masks)
     last = df[df.step == df.groupby(["run", "start", "density", "rounds"]).step.transform("max")]
     each = last.groupby(["start", "density", "rounds", "run", "network"], sort=False).value.mean().reset_index()
     t = interval(each, ["start", "density", "rounds", "run"])
@@ -305,7 +309,7 @@ def figure_rows(self:Tickets):
     "Rows for `figures`: overlaps with test accuracies, and the arms, at the tasks where tickets were searched"
     lop = self.lop_rows(); where = lop.groupby("task")[["step", "examples"]].mean()
     at = lambda d: d.join(where, on="task").assign(epoch=0, split="", layer="", replica=0)
-    file = self.folder/"tickets"/"overlap.csv"; out = {}
+    file = self.root/"overlap.csv"; out = {}
     if file.exists():
         o = pd.read_csv(file).query("layer == 'all' and measure in ['jaccard', 'parameter_overlap']")
         o = at(o.assign(value=100 * o["mean"], metric=o.measure.replace("jaccard", "ticket_overlap"), run="tickets")[["task", "density", "seed", "metric", "value", "run"]])
@@ -315,8 +319,8 @@ def figure_rows(self:Tickets):
 # %% ../nbs/api/52_pipeline.ipynb #092000bc
 def write_report(study):
     "Tables, report and figures of what has been made so far"
-    folder, out = study.folder, study.folder/"tickets"
-    rows = ticket_rows(folder) if any(out.glob("*/**/done")) else None; text = [f"Tickets in {folder.name}: networks {study.networks}, {study.t.masks} masks each" + (", by the published protocol with its errors" if study.t.faithful else "")]
+    out = study.root
+    rows = ticket_rows(out) if any(out.glob("*/**/done")) else None; text = [f"Tickets in {study.folder.name}: networks {study.networks}, {study.t.masks} masks each" + (", by the published protocol with its errors" if study.t.faithful else "")]
     if rows is not None and (rows.kind == "trials").any():
         t = arm_table(study); write_atomic(out/"arms.csv", t.to_csv(index=False)); text += ["", "Test accuracy at the end of the task: mean and 95 % interval over networks", _wide(t, "run")]
     if (out/"overlap.csv").exists():

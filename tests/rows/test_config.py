@@ -51,7 +51,7 @@ def test_A2_the_keys_at_the_top_level():
 
 
 @pytest.mark.parametrize("key, ours, value", [(k, v, x) for k, v in aliases.items() for x in [dict(
-    dataset="mnist", optimizer="sgd").get(v) or {"wandb": "true", "wandb_project": "x", "wandb_tags": "[a]", "partitions": "[[0,1],[2,3]]", "layers": "[out]", "lr": "0.5", "duplicate_threshold": "0.5", "saturated_threshold": "0.5", "normality": "ks", "histograms": "true", "beta": ".5", "replacement_rate": ".5", "decay": ".5"}.get(v.rpartition(".")[2], "2")]])
+    dataset="mnist", optimizer="sgd").get(v) or {"tickets.tasks": "[0,1]", "tickets.targets": "[0.5]", "tickets.rounds": "[2]", "tickets.aggregate": "union"}.get(v) or {"wandb": "true", "wandb_project": "x", "wandb_tags": "[a]", "partitions": "[[0,1],[2,3]]", "layers": "[out]", "lr": "0.5", "duplicate_threshold": "0.5", "saturated_threshold": "0.5", "normality": "ks", "histograms": "true", "beta": ".5", "replacement_rate": ".5", "decay": ".5"}.get(v.rpartition(".")[2], "2")]])
 def test_A3_spellings_of_the_readme(key, ours, value):
     "every spelling of the sources' READMEs and configuration files is the same setting as ours"
     assert compose([f"{key}={value}"]) == compose([*expand([f"{key}={value}"])[:-1], f"{ours}={value}"])

@@ -23,7 +23,8 @@ WORDS = ["+experiment=tickets/all", "dataset=digits", "dataset.examples_per_clas
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     cfg = compose(WORDS)
-    return Tickets(cfg, run_tickets(cfg, tmp_path_factory.mktemp("tickets")/"run"))
+    folder = tmp_path_factory.mktemp("tickets")/"run"; run_tickets(cfg, folder)
+    return Tickets(cfg, folder)
 
 
 def test_B15_iterative_magnitude_pruning(study):
@@ -32,13 +33,13 @@ def test_B15_iterative_magnitude_pruning(study):
         masks = study.found(task, .2, 3)
         assert set(masks) == {"linear_0.weight", "out.weight"}
         for k, m in masks.items(): assert (m.flatten(1).sum(1) - .2 * m[0].numel()).abs().max() <= 1 and abs(densities(masks)[k] - .2).max() < max(1e-3, 1/m[0].numel())
-    rows = ticket_rows(study.folder).query("kind == 'masks' and metric == 'density' and layer == ''")
+    rows = ticket_rows(study.root).query("kind == 'masks' and metric == 'density' and layer == ''")
     for r, d in rows.groupby("task").value.mean().items(): assert abs(d - .2**(r/3)) < 2e-3
 
 
 def test_B16_an_accuracy_for_each_round(study):
     "R + 1 test accuracies for each ticket; the last is that of the final mask after training it"
-    t = ticket_rows(study.folder).query("kind == 'masks' and metric == 'test_accuracy'").groupby(["start", "replica"])
+    t = ticket_rows(study.root).query("kind == 'masks' and metric == 'test_accuracy'").groupby(["start", "replica"])
     assert (t.size() == 4).all() and (t.task.nunique() == 4).all() and t.value.last().mean() > .2
 
 
@@ -54,7 +55,7 @@ def test_B18_overlap_of_masks(study):
     "Jaccard over all matrices: 1 for equal masks, p/(2 − p) at random; mean and deviation over pairs, and all tickets at once"
     m = {"w": torch.rand(20, 100, 100, generator=generator(0, "m")) < .2}
     assert (jaccard(m, m)["all"] == 1).all() and (jaccard(*pairs(m))["all"].mean() - .2/1.8).abs() < .002 and (chance(*pairs(m))["all"] - .2/1.8).abs().max() < .02
-    o = pd.read_csv(study.folder/"tickets"/"overlap.csv").query("layer == 'all'").set_index(["task", "seed", "measure"])["mean"]
+    o = pd.read_csv(study.root/"overlap.csv").query("layer == 'all'").set_index(["task", "seed", "measure"])["mean"]
     for n, s in enumerate(study.networks):
         mine = {k: v[2*n:2*n + 2] for k, v in study.found(2, .2, 3).items()}; t = pair_overlap(mine).set_index(["layer", "measure"])
         assert o[2, s, "jaccard"] == pytest.approx(t.loc["all", "jaccard"]["mean"]) and o[2, s, "n_way"] == pytest.approx(o[2, s, "jaccard"])       # two tickets: one pair
@@ -62,7 +63,7 @@ def test_B18_overlap_of_masks(study):
 
 def test_B19_accuracy_of_tickets(study):
     "each ticket is trained from its snapshot and tested, beside the whole network: one accuracy for each ticket and task"
-    df = ticket_rows(study.folder).query("kind == 'trials' and metric == 'test_accuracy' and run in ['dense', 'ticket']")
+    df = ticket_rows(study.root).query("kind == 'trials' and metric == 'test_accuracy' and run in ['dense', 'ticket']")
     assert (df.groupby(["run", "start"]).size() == 4).all() and set(df.start) == {0, 1, 2}
     t = arm_table(study).set_index(["run", "task"]); assert t.loc[("ticket", 1), "mean"] == pytest.approx(df.query("run == 'ticket' and start == 1").value.mean())
 
@@ -73,12 +74,12 @@ def test_B20_random_masks(study):
     coins, exact = random_masks(kept, .2, study.own, exact=False), random_masks(kept, .2, study.own)
     assert (densities(coins)["linear_0.weight"] - .2).abs().max() < 4*(.16/n)**.5 and len(set(coins["linear_0.weight"].flatten(1).sum(1).tolist())) > 1
     assert exact["linear_0.weight"].flatten(1).sum(1).unique().tolist() == [round(.2*n)]
-    df = ticket_rows(study.folder).query("kind == 'trials' and run == 'random'"); assert (df[df.metric == "test_accuracy"].groupby("start").size() == 4).all()
+    df = ticket_rows(study.root).query("kind == 'trials' and run == 'random'"); assert (df[df.metric == "test_accuracy"].groupby("start").size() == 4).all()
 
 
 def test_B21_plasticity_of_a_ticket(study):
     "a ticket and the whole network on tasks they have never seen, each starting task in files of its own"
-    df = ticket_rows(study.folder).query("kind == 'plasticity' and metric == 'test_accuracy'")
+    df = ticket_rows(study.root).query("kind == 'plasticity' and metric == 'test_accuracy'")
     assert (df.groupby(["run", "start", "seed"]).task.nunique() == 2).all() and set(df.run) == {"dense", "ticket"} and df.groupby(["run", "start"]).ngroups == 6
 
 
@@ -96,7 +97,7 @@ def test_B23_masks_of_plastic_parameters(study):
     plastic = plastic_masks({k: v[:1] for k, v in g.items()}, one)
     for k, m in plastic.items(): assert m.sum() == one[k].sum() and g[k][:1][m].min() >= g[k][:1][~m].max()
     assert jaccard(plastic, plastic)["all"].item() == 1
-    o = pd.read_csv(study.folder/"tickets"/"overlap.csv").query("measure == 'parameter_overlap' and layer == 'all' and task == 0").iloc[0]
+    o = pd.read_csv(study.root/"overlap.csv").query("measure == 'parameter_overlap' and layer == 'all' and task == 0").iloc[0]
     assert o["mean"] == pytest.approx(jaccard(one, plastic)["all"].item())
 
 
@@ -110,7 +111,7 @@ def test_B24_one_mask_of_several(study):
 
 def test_B29_figures_from_the_run_itself(study):
     "figures are made from the folder of the run, by the run: no archive, no second config"
-    made = study.folder/"tickets"/"figures"
+    made = study.root/"figures"
     assert (made/"ticket_overlap.png").is_file() and (made/"parameter_overlap.png").is_file()
     t = pd.read_csv(made/"parameter_overlap.csv"); assert set(t.task) == {0, 1, 2}
     rows = study.figure_rows()["overlap"]; acc = read_records(study.folder/"records.parquet").query("metric == 'test_accuracy'").groupby("task").value.mean()
@@ -128,7 +129,7 @@ def test_B31_empirical_tangent_kernel(study):
 
 def test_B32_a_stream_for_a_masked_copy(study):
     "the stream of new tasks for the whole network and for the ticket, whose mask holds in every task"
-    df = ticket_rows(study.folder).query("kind == 'plasticity'"); d = df.query("metric == 'density' and layer == ''")
+    df = ticket_rows(study.root).query("kind == 'plasticity'"); d = df.query("metric == 'density' and layer == ''")
     assert set(d.run) == {"ticket"} and (d.value - .2).abs().max() < 1e-2 and set(d.task) == {0, 1}
 
 
@@ -144,7 +145,7 @@ def test_B33_one_command_for_all(study):
 
 def test_B34_report(study):
     "a table of whole network, tickets and random masks by task and density, with intervals"
-    text = (study.folder/"tickets"/"report.txt").read_text(); t = arm_table(study).set_index(["run", "task"])
+    text = (study.root/"report.txt").read_text(); t = arm_table(study).set_index(["run", "task"])
     for arm in ("dense", "ticket", "random"): assert f"{t.loc[(arm, 2), 'mean']:.4f} ± {t.loc[(arm, 2), 'half']:.4f}" in text
 
 
@@ -153,5 +154,5 @@ def test_B35_the_same_again(study, tmp_path):
     again = Tickets(study.cfg, tmp_path/"again"); again.lop(); again.masks()
     for task in study.t.tasks:
         for k, m in again.found(task, .2, 3).items(): assert torch.equal(m, study.found(task, .2, 3)[k])
-    a, b = (read_records(s.folder/"tickets"/"masks"/"task_000001_p0.2_r3") for s in (study, again)); pd.testing.assert_frame_equal(a, b)
-    assert json.loads((again.folder/"tickets"/"masks"/"task_000001_p0.2_r3"/"about.json").read_text())["masks"] == 2
+    a, b = (read_records(s.root/"masks"/"task_000001_p0.2_r3") for s in (study, again)); pd.testing.assert_frame_equal(a, b)
+    assert json.loads((again.root/"masks"/"task_000001_p0.2_r3"/"about.json").read_text())["masks"] == 2
