@@ -236,7 +236,7 @@ ranges = dict(
     logging=dict(checkpoint_seconds="[0, ∞)", snapshot_tasks="[1, ∞)"))
 
 choices = dict(
-    model=dict(init=["torch", "kaiming"]), stream=dict(pool=["train", "all"], flip=["one", "all"], count=["half", "whole", "published"]),
+    model=dict(init=["torch", "kaiming", "glorot"]), stream=dict(pool=["train", "all"], flip=["one", "all"], count=["half", "whole", "published"]),
     dataset=dict(normalize=["standardize", "symmetric", "unit", "raw255"]), passage=dict(how=["none", "inputs", "labels", "sampling"]),
     optimizer=dict(implementation=["foreach", "fused"], noise_per=["entry", "tensor"]),
     training=dict(engine=["auto", "torch", "vmap", "compile", "numba"], head_reset=["none", "zero", "reinit"], head_state=["reset", "keep"]),

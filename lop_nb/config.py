@@ -33,7 +33,7 @@ class MLPConfig:
     normalization_affine: bool = True    # a gain and a shift for each unit?
     bias: bool = True
     negative_slope: float = .1           # of leaky_relu, in every network
-    init: str = "torch"                  # torch: torch's own; kaiming: uniform with the activation's gain, biases zero
+    init: str = "torch"                  # torch: torch's own; kaiming: uniform with the activation's gain; glorot: normal; both with biases of zero
 
 # %% ../nbs/api/02_config.ipynb #bfa77420
 @dataclass

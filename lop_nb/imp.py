@@ -27,11 +27,17 @@ def keep(
     alive=None # bool [R, n]: those among which to choose; None: all
 ):             # bool [R, n], exactly `count` in each row
     "The highest of each row; `LopError` if there are not so many"
-    if alive is not None and (short := int(alive.sum(1).min())) < count: raise LopError(f"{count} weights were to be kept, of {short} that are left. Prune to a lower density than before.")
+    short = scores.shape[1] if alive is None else int(alive.sum(1).min())
+    if short < count: raise LopError(f"{count} weights were to be kept, of {short} that are left. Prune to a lower density than before.")
     s = scores.detach().cpu().numpy(); s = s if alive is None else np.where(alive.cpu().numpy(), s, -np.inf)
-    kept = np.zeros(s.shape, bool)
-    if count: np.put_along_axis(kept, np.argpartition(-s, min(count, s.shape[1]) - 1, axis=1)[:, :count], True, axis=1)
-    return torch.from_numpy(kept).to(scores.device)
+    return torch.from_numpy(_largest(s, count) if count else np.zeros(s.shape, bool)).to(scores.device)
+
+def _largest(s, count):
+    at = s.shape[1] - count
+    kept = s >= np.partition(s, at, axis=1)[:, at, None]
+    for r in np.flatnonzero(np.count_nonzero(kept, axis=1) != count):
+        kept[r] = False; kept[r, np.argpartition(-s[r], count - 1)[:count]] = True
+    return kept
 
 # %% ../nbs/api/44_imp.ipynb #cb5c54da
 def prune(
