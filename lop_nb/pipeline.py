@@ -127,21 +127,26 @@ def _done(self:Tickets, folder, about):
 # %% ../nbs/api/52_pipeline.ipynb #a2754385
 @patch
 def lop(self:Tickets):
+    "Train the networks, and keep them at the tasks asked for"
     every = math.gcd(*self.t.tasks) or max(tasks_of(self.cfg), 1)
     run_study(OmegaConf.merge(self.cfg, dict(resume=True, logging=dict(snapshot_tasks=every))), self.folder)
 
 # %% ../nbs/api/52_pipeline.ipynb #017c9d2e
 @patch
-def how(self:Tickets): return dict(masks=self.t.masks, scope=self.t.scope, head=self.t.head, rewind=self.t.rewind, step=self.t.step, faithful=self.t.faithful)
+def how(self:Tickets):
+    "What tells one way of pruning from another"
+    return dict(masks=self.t.masks, scope=self.t.scope, head=self.t.head, rewind=self.t.rewind, step=self.t.step, faithful=self.t.faithful)
 
 @patch
 def masks(self:Tickets):
+    "Search for tickets at each task"
     for task in self.t.tasks:
         for targets, rounds in [([*self.t.targets], [*self.t.rounds])] if self.t.nested else [([t], [r]) for t, r in zip(self.t.targets, self.t.rounds)]:
             for criterion in [self.t.criterion] + ["live_magnitude"]*("live_ticket" in self.t.arms and self.t.criterion != "live_magnitude"): self.search(task, targets, rounds, criterion)
 
 @patch
 def search(self:Tickets, task, targets, rounds, criterion):
+    "One search: all tickets of all networks at a task"
     name = key(task, targets[-1], rounds[-1], criterion)
     def make(store):
         callback = Search(targets, rounds, criterion, self.t.scope, self.t.head, self.t.rewind, self.t.step, frozen=self.t.faithful)
@@ -200,15 +205,18 @@ def trial(self:Tickets, arm, task, target, rounds):
 
 @patch
 def accuracy(self:Tickets):
+    "Train all arms on each task from its snapshot"
     for (task, target, rounds), arm in ((s, a) for s in self.searches() for a in self.t.arms): self.trial(arm, task, target, rounds)
 
 @patch
 def random_masks(self:Tickets):
+    "The same for random masks"
     for search in self.searches(): self.trial("random", *search)
 
 # %% ../nbs/api/52_pipeline.ipynb #05fbe09e
 @patch
 def plasticity(self:Tickets):
+    "Train a ticket of each network, and the network, on tasks that they have never seen"
     for task, target, rounds in self.searches():
         for arm in "dense", "ticket": self.onwards(arm, task, target, rounds)
 
@@ -225,10 +233,12 @@ def onwards(self:Tickets, arm, task, target, rounds):
 # %% ../nbs/api/52_pipeline.ipynb #8920a15a
 @patch
 def parameter_plasticity(self:Tickets):
+    "Collect the sizes of the gradients at each task"
     for task in self.t.tasks: self.gradients(task)
 
 @patch
 def gradients(self:Tickets, task):
+    "Train on the task from the snapshot, noting the gradients"
     def make(store):
         stream = Stages(self.data, tasks=1, normalize=self.cfg.dataset.normalize).seeded(self.networks) if self.t.faithful else Rounds(self.stream(self.networks), task)
         return self.learner(stream, self.start(task, 1), [GradientSizes()], store, "gradients", self.networks)
@@ -236,11 +246,14 @@ def gradients(self:Tickets, task):
     return self.work(f"gradients/{key(task)}", make, keep, faithful=self.t.faithful)
 
 @patch
-def gradient_sizes(self:Tickets, task): return self.read(f"gradients/{key(task)}", "gradients.pt", f"+experiment=tickets/parameter-plasticity 'tickets.tasks=[{task}]'", faithful=self.t.faithful)
+def gradient_sizes(self:Tickets, task):
+    "Mean sizes of the gradients that were collected: {name: [networks, …]}"
+    return self.read(f"gradients/{key(task)}", "gradients.pt", f"+experiment=tickets/parameter-plasticity 'tickets.tasks=[{task}]'", faithful=self.t.faithful)
 
 # %% ../nbs/api/52_pipeline.ipynb #2921bb2b
 @patch
 def overlap(self:Tickets):
+    "Compare the tickets of each network with each other, and with the weights of the largest gradients"
     rows = [dict(task=task, density=target, rounds=rounds, seed=s, **row) for task, target, rounds in self.searches() for n, s in enumerate(self.networks) for row in self.overlaps(n, task, target, rounds)]
     write_atomic(self.root/"overlap.csv", pd.DataFrame(rows).to_csv(index=False))
 
