@@ -178,7 +178,7 @@ def open_folder(
     return folder
 
 def _same(cfg, old, folder):
-    flat = lambda c: {k: v for k, v in _flat(OmegaConf.to_container(c)).items() if not k.startswith(("logging.", "resume", "training.device", "training.threads", "dataset.root"))}
+    flat = lambda c: {k: v for k, v in _flat(OmegaConf.to_container(c)).items() if not k.startswith(("logging.", "tickets.", "resume", "training.device", "training.threads", "dataset.root"))}
     new, old = flat(cfg), flat(old)
     differs = [f"{k}={old.get(k)}" for k in sorted(new.keys() | old.keys()) if new.get(k) != old.get(k)]
     if differs: raise LopError(f"The run in {folder} was started with {', '.join(differs)}. Resume it with the same settings, or choose another folder.")

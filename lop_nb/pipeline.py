@@ -283,7 +283,7 @@ def run_tickets(
 
 def _as_before(cfg, folder):
     if not (folder/"config.yaml").is_file(): raise LopError(f"{folder} holds no run of tickets/lop. Train the networks first: lop-run +experiment=tickets/lop hydra.run.dir={folder}")
-    open_folder(OmegaConf.merge(cfg, dict(resume=True, tickets=OmegaConf.load(folder/"config.yaml").tickets)), folder)
+    open_folder(OmegaConf.merge(cfg, dict(resume=True)), folder)
 
 # %% ../nbs/api/52_pipeline.ipynb #a6b3e371
 def ticket_rows(
