@@ -85,6 +85,7 @@ class Learner:
         self.asked, self.why, self.store = one_of("training.engine", engine, ["auto", *engines]), "", Records() if store is None else store
         self.callbacks = sorted([*(default_callbacks() if defaults is None else defaults), *callbacks], key=lambda c: c.order)
         self.stopping, self.safe, self.latest = False, False, {}
+        self.alike = 1                        # learners like this one that a study has: what is compiled serves all of them
         self.live = [True]*len(replicas)      # which replicas still train on this task: see early stopping
         self.per_element = any(c.resets_units for c in self.callbacks)
         self.reset_optimizer()

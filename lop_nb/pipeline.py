@@ -98,7 +98,9 @@ def learner(self:Tickets, stream, start, callbacks, store, run, own=None):
     nets = Replicas(lambda: make_network(cfg, self.data.shape, stream.num_classes), own or self.own, device=self.data.device)
     nets.load_state_dict(dict(params={k: start[k] for k in nets.params}, buffers={k: start[k] for k in nets.buffers}))
     shows = [Online(), Evaluate(), make_monitor(cfg.metrics)] + ([Progress()] if cfg.logging.progress else [])
-    return Learner(nets, stream, cfg.optimizer, t.epochs, t.batch_size, callbacks, None if t.no_augment else recipe(self.data.name), engine=t.engine, store=store, run=run, defaults=shows)
+    learner = Learner(nets, stream, cfg.optimizer, t.epochs, t.batch_size, callbacks, None if t.no_augment else recipe(self.data.name), engine=t.engine, store=store, run=run, defaults=shows)
+    learner.alike = 10      # at least; always the same number, or the engine (and so the last bit) would depend on what else is asked for
+    return learner
 
 # %% ../nbs/api/52_pipeline.ipynb #34f6bfb3
 @patch
