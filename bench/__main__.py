@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import batches, bits, cloning, core, metrics, monitor, online, records, show
+from . import batches, bits, cloning, core, metrics, monitor, online, records, show, tickets
 
-FAMILIES = [bits, online, batches, records, metrics, monitor, cloning]
+FAMILIES = [bits, online, batches, records, metrics, monitor, cloning, tickets]
 
 
 def rows(quick): return {k: make for family in FAMILIES for k, make in family.rows(quick).items()}

@@ -13,7 +13,7 @@ from typing import Callable
 from fastcore.basics import patch
 from torch import nn
 from .config import MLPConfig, CNNConfig
-from .layers import Dropout, Group, gain, hidden_group, kaiming, make_activation, map_norm, norm_and_act, present, reads_of, uniform, vector_norm, writes_to
+from .layers import Dropout, Group, gain, glorot, hidden_group, kaiming, make_activation, map_norm, norm_and_act, present, reads_of, uniform, vector_norm, writes_to
 from .runtime import LopError, one_of
 
 # %% ../nbs/api/08_chains.ipynb #a7912e64
@@ -46,7 +46,7 @@ class MLP(nn.Sequential):
         bias:bool=_mlp.bias,                                  # In every linear layer
         normalization_affine:bool=_mlp.normalization_affine,  # A gain and a shift for each unit?
         negative_slope:float=_mlp.negative_slope,             # Of leaky_relu
-        init:str=_mlp.init                                    # torch, kaiming: where the weights begin
+        init:str=_mlp.init                                    # torch, kaiming, glorot: where the weights begin
     ):
         layers, width = [], input_size
         for i, size in enumerate(per_layer("hidden_sizes", hidden_sizes, len(hidden_sizes))):
@@ -55,17 +55,22 @@ class MLP(nn.Sequential):
                        (f"drop_{i}", Dropout(dropout_p) if dropout_p else None)]
             width = size
         super().__init__(present([*layers, ("out", nn.Linear(width, num_classes, bias))]))
-        self.fresh = uniform
-        if one_of("init", init, ["torch", "kaiming"]) == "kaiming": self._kaiming(gain(activation, negative_slope))
+        self.init, self.gain = one_of("init", init, ["torch", "kaiming", "glorot"]), gain(activation, negative_slope)
+        if init != "torch": self._begin()
     def forward(self, x): return super().forward(x.flatten(1))
 
 @patch
-def _kaiming(self:MLP, g):
-    "Kaiming's weights, with the gain g before an activation and 1 before the logits; biases of zero"
-    self.fresh = partial(kaiming, gain=g)
+def fresh(self:MLP,
+    layer # one of the linear ones
+):        # (shape, fan_in, generator) -> weights
+    "The distribution that the layer's weights are drawn from"
+    if self.init == "kaiming": return partial(kaiming, gain=1 if layer is self.out else self.gain)
+    return partial(glorot, fan_out=layer.out_features) if self.init == "glorot" else uniform
+
+@patch
+def _begin(self:MLP):
     for layer in (m for m in self if isinstance(m, nn.Linear)):
-        draw = partial(kaiming, gain=1) if layer is self.out else self.fresh
-        layer.weight.data = draw(layer.weight.shape, layer.in_features)
+        layer.weight.data = self.fresh(layer)(layer.weight.shape, layer.in_features)
         if layer.bias is not None: nn.init.zeros_(layer.bias)
 
 # %% ../nbs/api/08_chains.ipynb #c3706943
@@ -103,7 +108,7 @@ def conv_blocks(
 # %% ../nbs/api/08_chains.ipynb #44cf833f
 class CNN(nn.Sequential):
     "Convolutional blocks, then fully connected layers"
-    fresh = staticmethod(uniform)
+    fresh = staticmethod(lambda layer: uniform)
     def __init__(self,
         in_channels:int,                                       # Colours
         img_size:int,                                          # Pictures are img_size × img_size pixels
@@ -134,13 +139,13 @@ class CNN(nn.Sequential):
 # %% ../nbs/api/08_chains.ipynb #c6748709
 def chain_groups(
     layers,      # (name, module) in the order of the forward pass
-    fresh=uniform# The distribution of their weights
+    fresh=lambda layer: uniform # layer -> what its weights were drawn from
 )->list:         # Groups: "inputs", the hidden layers, "outputs"
     "The groups of a chain of layers"
     layers = list(layers)
     begins = [k for k, (_, m) in enumerate(layers) if isinstance(m, (nn.Linear, nn.Conv2d))]
     (name, first), (last, out) = layers[begins[0]], layers[begins[-1]]
-    hidden = [hidden_group(layers[a:b], layers[b], fresh=fresh) for a, b in zip(begins, begins[1:])]
+    hidden = [hidden_group(layers[a:b], layers[b], fresh=fresh(layers[a][1])) for a, b in zip(begins, begins[1:])]
     inputs = Group("inputs", first.weight.shape[1], [], writes_to(name, first, first.weight.shape[1]), [], None, None, None)
     return [inputs, *hidden, Group("outputs", out.weight.shape[0], reads_of(last, out), [], [], last, last, last)]
 

@@ -400,6 +400,7 @@ def activation_similarity(
     cosines = (a * b).sum(-2) / (a.norm(dim=-2) * b.norm(dim=-2))
     return answer(cosines.nanmean(-1), big)
 
+# %% ../nbs/api/39_cloning.ipynb #298ee72a
 def clone_measures(
     base, big, # `Replicas`, and their clones
     task,      # Whose loss it is
@@ -419,6 +420,7 @@ def clone_measures(
     if not found: raise LopError("No layer of the second network has a multiple of the units that the first has there: it is no clone of it.")
     return found | _of_all(found) | {("", "logit_gap"): _logit_gap(base, big, x)}
 
+# %% ../nbs/api/39_cloning.ipynb #8d354949
 def _of_all(found):
     "The mean over layers, forward and backward: the paper's number"
     each = {end: torch.stack([v for (_, m), v in found.items() if m in (f"r2_forward{end}", f"r2_backward{end}")]).nanmean(0) for end in ("", "_corrected")}

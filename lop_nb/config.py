@@ -10,8 +10,9 @@ __all__ = ['sizes', 'MLPConfig', 'CNNConfig', 'ResNetConfig', 'ViTConfig', 'Data
            'GrowingClassesConfig', 'AlternatingConfig', 'WarmStartConfig', 'ChunksConfig', 'StagesConfig',
            'BitFlipsConfig', 'PassageConfig', 'Adam', 'SGD', 'AdamW', 'RMSprop', 'NoisySGD', 'ContinualBackpropConfig',
            'L2InitConfig', 'WeightClippingConfig', 'ShrinkAndPerturbConfig', 'OnlineNormConfig', 'CloneConfig',
-           'ScratchConfig', 'InterventionConfig', 'TrainingConfig', 'MetricsConfig', 'LoggingConfig', 'Config',
-           'streams', 'options', 'published', 'streaming', 'vgg', 'presets', 'register', 'settings']
+           'ScratchConfig', 'PruningConfig', 'TicketsConfig', 'InterventionConfig', 'TrainingConfig', 'MetricsConfig',
+           'LoggingConfig', 'Config', 'streams', 'options', 'published', 'streaming', 'vgg', 'presets', 'register',
+           'settings']
 
 # %% ../nbs/api/02_config.ipynb #7992286c
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class MLPConfig:
     normalization_affine: bool = True    # a gain and a shift for each unit?
     bias: bool = True
     negative_slope: float = .1           # of leaky_relu, in every network
-    init: str = "torch"                  # torch: torch's own; kaiming: uniform with the activation's gain, biases zero
+    init: str = "torch"                  # torch: torch's own; kaiming: uniform with the activation's gain; glorot: normal; both with biases of zero
 
 # %% ../nbs/api/02_config.ipynb #bfa77420
 @dataclass
@@ -308,6 +309,38 @@ class ScratchConfig:
     "Fresh networks of the clone's width, for comparison"
     when: str = "task"                   # task: before each task but the first; start: from the first on, as wide as the last
 
+# %% ../nbs/api/02_config.ipynb #a7a4f785
+@dataclass
+class PruningConfig:
+    "Train, prune, rewind, and again (Frankle & Carbin, 2019)"
+    target: float = .2                   # density after the last round
+    rounds: int = 3                      # of pruning
+    criterion: str = "magnitude"         # magnitude, movement, gradient, live_magnitude
+    scope: str = "layer"                 # what weights compete with: layer, global; unit: whole units, in each layer
+    head: float = 1.                     # the head loses this share of what other layers lose in a round
+    rewind: str = "weights"              # weights; rate: the optimizer alone; none: fine-tuning
+    step: int = 0                        # step of the first round to which weights are rewound
+
+# %% ../nbs/api/02_config.ipynb #c5e21a09
+@dataclass
+class TicketsConfig:
+    "Winning tickets along a stream: what is done with the networks of +experiment=tickets/lop (see `pipeline`)"
+    stages: list[str] = field(default_factory=list)                            # lop, masks, accuracy, random_masks, plasticity, parameter_plasticity, overlap; []: a study of arms
+    tasks: list[int] = field(default_factory=lambda: [0, 50])                  # at whose starts tickets are searched
+    masks: int = 2                                                             # tickets of each network at each of them
+    targets: list[float] = field(default_factory=lambda: [PruningConfig.target]) # densities
+    rounds: list[int] = field(default_factory=lambda: [PruningConfig.rounds])  # of pruning, for each of the targets
+    nested: bool = False                                                       # one search that passes all targets, in place of one for each
+    criterion: str = PruningConfig.criterion                                   # these five as in `PruningConfig`
+    scope: str = PruningConfig.scope
+    head: float = PruningConfig.head
+    rewind: str = PruningConfig.rewind
+    step: int = PruningConfig.step
+    arms: list[str] = field(default_factory=lambda: ["dense", "ticket"])       # what accuracy compares, see `pipeline.arms`
+    aggregate: str = "first"                                                   # one mask of several: first, intersection, union, average
+    new_tasks: int = 2                                                         # plasticity: tasks that a ticket has never seen
+    faithful: bool = False                                                     # the published protocol with its errors
+
 # %% ../nbs/api/02_config.ipynb #95cabace
 @dataclass
 class InterventionConfig:
@@ -384,7 +417,7 @@ class Config:
     "A whole study"
     defaults: list[Any] = field(default_factory=lambda: [
         "_self_", dict(model="digits_mlp"), dict(dataset="digits"), dict(stream="permuted_pixels"), dict(passage="none"), dict(optimizer="digits_adam"),
-        dict(training="digits"), dict(metrics="default"), dict(intervention="digits"), dict(logging="default")])
+        dict(training="digits"), dict(metrics="default"), dict(intervention="digits"), dict(tickets="default"), dict(logging="default")])
     model: Any = None
     dataset: Any = None
     stream: Any = None
@@ -393,6 +426,7 @@ class Config:
     training: Any = None
     metrics: Any = None
     intervention: Any = None
+    tickets: Any = None
     logging: Any = None
     resume: bool = False                 # go on with the run that stands in the folder
     dryrun: bool = False                 # build everything, train nothing
@@ -416,7 +450,7 @@ def options()->dict:
         passage={how: PassageConfig(how=how) for how in ("none", "inputs", "labels", "sampling")},
         optimizer=dict(adam=Adam(), adamw=AdamW(), sgd=SGD(), rmsprop=RMSprop(), noisysgd=NoisySGD(), plain_sgd=SGD(momentum=0.), digits_adam=Adam(lr=1e-2)),
         training=dict(digits=TrainingConfig(), continual=published(), standard=published(), streaming=streaming(), cloning=TrainingConfig(epochs=20, initial_epochs=5, batch_size=128)),
-        metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()),
+        metrics=dict(default=MetricsConfig(), all=MetricsConfig(layers=[]), block_outputs=MetricsConfig(layers=["block_outputs"])), logging=dict(default=LoggingConfig()), tickets=dict(default=TicketsConfig()),
         intervention=dict(digits=InterventionConfig(continual_backprop=cbp), compare=InterventionConfig(), cloning=InterventionConfig(arms=["backprop", "clone", "scratch"]),
                           **{n: InterventionConfig(arms=[n]) for n in ("backprop", "continual_backprop", "l2_init", "weight_clipping", "shrink_and_perturb", "online_norm", "clone", "scratch", "wide")}))
 
@@ -436,7 +470,16 @@ def _lop():
         stream=dict(tasks=500),
         optimizer=dict(reinit_optimizer=True),
         training=dict(epochs=10, batch_size=32, no_augment=True),
-        metrics=dict(probe_split="test", probe_size=None, dead_threshold=1.))
+        metrics=dict(probe_split="test", probe_size=None, dead_threshold=1.),
+        logging=dict(snapshot_tasks=50))
+
+# %% ../nbs/api/02_config.ipynb #5a234689
+_stages = ["lop", "masks", "accuracy", "random_masks", "plasticity", "parameter_plasticity", "overlap"]
+
+def _tickets():
+    "Each stage in the folder of a run of tickets/lop; all of them on a stream of two tasks, in some minutes"
+    short = dict(stream=dict(tasks=2), logging=dict(snapshot_tasks=1), tickets=dict(stages=_stages, tasks=[0, 1]))
+    return {stage.replace("_", "-"): _lop() | dict(tickets=dict(stages=[stage])) for stage in _stages[1:]} | dict(all=_lop() | short | dict(training=_lop()["training"] | dict(replicas=1)))
 
 # %% ../nbs/api/02_config.ipynb #064df99d
 def _online(**kw): return _choose(training="streaming", **dict(model="mlp", dataset="mnist", stream="permuted_pixels", optimizer="plain_sgd", intervention="compare") | kw)
@@ -492,6 +535,7 @@ def presets()->dict:
     pairs = dict(stream="class_split", optimizer="adam", training="continual", intervention="backprop")
     return {
         "tickets/lop": _lop(),
+        **{f"tickets/{name}": study for name, study in _tickets().items()},
         "permuted-mnist": _permuted(dict(lr=3e-3), dict(tasks=50, pool="all"), names=["weight_magnitude", "dead_fraction", "effective_rank"]),
         "permuted-mnist/nature": _permuted(dict(lr=1e-2), dict(tasks=800)),
         "bit-flipping": _bits(_of_the_grid(), tasks=500),

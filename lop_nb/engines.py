@@ -155,6 +155,6 @@ def choose(
     except Cannot as e: raise LopError(f"training.engine={asked} cannot train this, since {e}. Choose training.engine=auto, which takes another engine then.") from e
 
 def _auto(learner):
-    if learner.replicas.strategy == "vmap" or learner.batch_size > 1 and learner.steps < pays: return Torch(learner)
+    if learner.replicas.strategy == "vmap" or learner.batch_size > 1 and learner.steps * learner.alike < pays: return Torch(learner)
     try: return Numba(learner)
     except Cannot as e: learner.why = str(e) if learner.batch_size == 1 else ""; return Torch(learner)

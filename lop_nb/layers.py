@@ -7,8 +7,8 @@ Docs: https://lop-nb.github.io/lop_nb/api/layers.html.md"""
 # %% auto #0
 __all__ = ['activations', 'mixing_norms', 'make_activation', 'group_count', 'vector_norm', 'map_norm', 'TokenBatchNorm',
            'TokenGroupNorm', 'token_norm', 'Dropout', 'norm_and_act', 'present', 'uniform', 'normal', 'truncated',
-           'gain', 'kaiming', 'Slice', 'Group', 'reads_of', 'writes_to', 'norm_slices', 'hidden_group', 'residual',
-           'pass_norm', 'join']
+           'gain', 'kaiming', 'glorot', 'Slice', 'Group', 'reads_of', 'writes_to', 'norm_slices', 'hidden_group',
+           'residual', 'pass_norm', 'join']
 
 # %% ../nbs/api/07_layers.ipynb #d0ae79e7
 from collections import OrderedDict
@@ -148,6 +148,11 @@ def gain(
 def kaiming(shape, fan_in, generator=None, gain=2**.5):
     "Kaiming's initial weights: uniform within ±gain·√(3/fan_in)"
     return gain * 3**.5 * uniform(shape, fan_in, generator)
+
+# %% ../nbs/api/07_layers.ipynb #8f388e53
+def glorot(shape, fan_in, generator=None, *, fan_out):
+    "Glorot's initial weights: normal, with variance 2/(fan_in + fan_out)"
+    return normal(shape, fan_in, generator, (2 / (fan_in + fan_out))**.5)
 
 # %% ../nbs/api/07_layers.ipynb #98bd3dda
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ class Learner:
         self.asked, self.why, self.store = one_of("training.engine", engine, ["auto", *engines]), "", Records() if store is None else store
         self.callbacks = sorted([*(default_callbacks() if defaults is None else defaults), *callbacks], key=lambda c: c.order)
         self.stopping, self.safe, self.latest = False, False, {}
+        self.alike = 1                        # learners like this one that a study has: what is compiled serves all of them
         self.live = [True]*len(replicas)      # which replicas still train on this task: see early stopping
         self.per_element = any(c.resets_units for c in self.callbacks)
         self.reset_optimizer()
@@ -103,7 +104,8 @@ def call(self:Learner, moment):
 @patch
 def _attach(self:Learner):
     "Note who wants to be told of what, so that nobody is asked in vain"
-    self._hooks = {m: [getattr(c, m) for c in self.callbacks if getattr(type(c), m) is not getattr(Callback, m)] for m in moments}
+    order = lambda m: lambda c: getattr(getattr(c, m), "order", c.order)      # a method may have one of its own
+    self._hooks = {m: [getattr(c, m) for c in sorted(self.callbacks, key=order(m)) if getattr(type(c), m) is not getattr(Callback, m)] for m in moments}
     self._inputs = tuple(partial(c.inputs, self) for c in self.callbacks if type(c).inputs is not Callback.inputs)
     self.call("before_fit")
 

@@ -149,10 +149,18 @@ def _forward(where, sizes, kind, a, x, H, D):
 # %% ../nbs/api/28_minibatch.ipynb #65042e2e
 @compiled
 def _step(adam, where, past, size, g, hyper, t, limit):
-    "Step `size` numbers that lie `past` bytes behind where [3], the addresses of a parameter and its averages; g is their gradient"
+    "Step `size` numbers that lie `past` bytes behind where [4], the addresses of a parameter, its averages and its mask; g is their gradient"
     w, m, v = _array(where[0] + past, (size,), g), _array(where[1] + past, (size,), g), _array(where[2] + past, (size,), g)
+    _mask(where[3] and where[3] + past // w.itemsize, g)
     if adam: _adam(w, m, v, g, hyper, t, limit)
     else: _sgd(w, m, g, hyper, t, limit)
+
+@compiled
+def _mask(address, g):
+    "g ∘ m, where the bytes of m lie at the address; 0: there is no mask"
+    if address:
+        m = carray(_pointer(address), (len(g),), np.uint8)
+        for i in range(len(g)): g[i] *= m[i]
 
 @compiled
 def _sum(Δ, g):
@@ -163,7 +171,7 @@ def _sum(Δ, g):
 
 @compiled
 def _learn(adam, where, Δ, below, T, room, hyper, t, limit):
-    "Step weights and biases of one layer: where [2, 3], Δ [B, o], the layer's inputs `below` [B, i]; at T is room for so many numbers"
+    "Step weights and biases of one layer: where [2, 4], Δ [B, o], the layer's inputs `below` [B, i]; at T is room for so many numbers"
     (B, o), i, size = Δ.shape, below.shape[1], Δ.itemsize
     rows = max(1, room // (i + B))
     for first in range(0, o, rows):
@@ -221,7 +229,7 @@ def _block(first, last, where, sizes, kind, a, x, y, targets, B, losses, logits,
 # %% ../nbs/api/28_minibatch.ipynb #f121296c
 def _refuse(job):
     "`Cannot`, if the job is not one for these kernels"
-    p, opt, others = next(iter(job.nets.params.values())), job.optimizer, job.inside.keys() - {"weight_clipping"}
+    p, opt, others = next(iter(job.nets.params.values())), job.optimizer, job.inside.keys() - {"weight_clipping", "mask"}
     if p.device.type != "cpu": raise Cannot(f"the networks are on {p.device}")
     if p.dtype not in (torch.float32, torch.float64): raise Cannot(f"the parameters are {p.dtype}")
     if others: raise Cannot(f"{' and '.join(sorted(others))} has no kernel for mini-batches")
@@ -236,6 +244,7 @@ class Batches:
         _refuse(job)
         self.job, self.kind, self.a = job, _kinds.index(kind), 1. if kind == "none" else a
         self.layers = [[job.nets.params[f"{l}.{k}"] for k in ("weight", "bias")] for l in layers]
+        self.masks = [[job.inside["mask"].masks.get(f"{l}.{k}") if "mask" in job.inside else None for k in ("weight", "bias")] for l in layers]
         self.sizes = np.array([self.layers[0][0].shape[2], *(b.shape[1] for _, b in self.layers)])
         if any(not p.is_contiguous() for ps in self.layers for p in ps): self._lay()
     def _lay(self):
@@ -265,10 +274,10 @@ def _memory(self:Batches, p, adam, μ):
 # %% ../nbs/api/28_minibatch.ipynb #e5bb144f
 @patch
 def _where(self:Batches, adam, μ):
-    "Addresses int64 [R, L, 2, 3], and steps done [L, 2]"
+    "Addresses int64 [R, L, 2, 4], and steps done [L, 2]"
     kept = [[self._memory(p, adam, μ) for p in ps] for ps in self.layers]
-    first = np.array([[([p.data_ptr(), *(t.data_ptr() for t in ts)] + [0, 0])[:3] for p, (_, ts) in zip(ps, k)] for ps, k in zip(self.layers, kept)])
-    apart = np.array([[[p.stride(0) * p.element_size()] for p in ps] for ps in self.layers])
+    tables = [[([p, *ts, None, None])[:3] + [m] for p, (_, ts), m in zip(*three)] for three in zip(self.layers, kept, self.masks)]
+    first, apart = (np.array([[[0 if t is None else f(t) for t in four] for four in two] for two in tables]) for f in (torch.Tensor.data_ptr, lambda t: t.stride(0) * t.element_size()))
     return first + np.arange(len(self.job.nets)).reshape(-1, 1, 1, 1) * apart, np.array([[age for age, _ in k] for k in kept])
 
 @patch

@@ -7,9 +7,9 @@ Docs: https://lop-nb.github.io/lop_nb/api/models.html.md"""
 # %% auto #0
 __all__ = ['networks', 'width_keys', 'make_model', 'widened', 'CNN', 'MLP', 'ResNet', 'ViT', 'chain_groups', 'conv_blocks',
            'per_layer', 'pools', 'shrink', 'Dropout', 'Group', 'Slice', 'TokenBatchNorm', 'TokenGroupNorm',
-           'activations', 'gain', 'group_count', 'hidden_group', 'join', 'kaiming', 'make_activation', 'map_norm',
-           'mixing_norms', 'norm_and_act', 'norm_slices', 'normal', 'present', 'reads_of', 'residual', 'token_norm',
-           'truncated', 'uniform', 'vector_norm', 'writes_to', 'ResidualBlock', 'Attention', 'Embedding',
+           'activations', 'gain', 'glorot', 'group_count', 'hidden_group', 'join', 'kaiming', 'make_activation',
+           'map_norm', 'mixing_norms', 'norm_and_act', 'norm_slices', 'normal', 'present', 'reads_of', 'residual',
+           'token_norm', 'truncated', 'uniform', 'vector_norm', 'writes_to', 'ResidualBlock', 'Attention', 'Embedding',
            'TransformerBlock']
 
 # %% ../nbs/api/11_models.ipynb #9c88078c
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from .chains import CNN, MLP, chain_groups, conv_blocks, per_layer, pools, shrink
 from .config import settings
-from .layers import (Dropout, Group, Slice, TokenBatchNorm, TokenGroupNorm, activations, gain, group_count, hidden_group, join, kaiming, make_activation, map_norm, mixing_norms,
+from .layers import (Dropout, Group, Slice, TokenBatchNorm, TokenGroupNorm, activations, gain, glorot, group_count, hidden_group, join, kaiming, make_activation, map_norm, mixing_norms,
                            norm_and_act, norm_slices, normal, present, reads_of, residual, token_norm, truncated, uniform, vector_norm, writes_to)
 from .resnet import ResidualBlock, ResNet
 from .runtime import LopError, one_of
@@ -26,7 +26,7 @@ from .vit import Attention, Embedding, TransformerBlock, ViT
 
 # %% ../nbs/api/11_models.ipynb #e5f7fabd
 _all_ = ["CNN", "MLP", "ResNet", "ViT", "chain_groups", "conv_blocks", "per_layer", "pools", "shrink", "Dropout", "Group", "Slice", "TokenBatchNorm", "TokenGroupNorm", "activations",
-         "gain", "group_count", "hidden_group", "join", "kaiming", "make_activation", "map_norm", "mixing_norms", "norm_and_act", "norm_slices", "normal", "present", "reads_of", "residual", "token_norm", "truncated",
+         "gain", "glorot", "group_count", "hidden_group", "join", "kaiming", "make_activation", "map_norm", "mixing_norms", "norm_and_act", "norm_slices", "normal", "present", "reads_of", "residual", "token_norm", "truncated",
          "uniform", "vector_norm", "writes_to", "ResidualBlock", "Attention", "Embedding", "TransformerBlock"]
 
 # %% ../nbs/api/11_models.ipynb #d4cb3503

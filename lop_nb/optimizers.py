@@ -159,10 +159,11 @@ def _built(name, make, params, kw):
 # %% ../nbs/api/25_optimizers.ipynb #ca774241
 def memory(
     optimizer,   # Any optimizer
-    params:dict  # {name: parameter}
+    params:dict, # {name: parameter}
+    counts=True  # also what each element's age is kept in?
 )->list:         # [{name: state tensor of the parameter's shape}], one for each kind
     "What the optimizer remembers, kind by kind"
-    kinds = {k for p in params.values() for k, s in optimizer.state[p].items() if torch.is_tensor(s) and s.shape == p.shape}
+    kinds = {k for p in params.values() for k, s in optimizer.state[p].items() if torch.is_tensor(s) and s.shape == p.shape and (counts or not k.startswith("ones"))}
     return [{n: optimizer.state[p][k] for n, p in params.items() if torch.is_tensor(optimizer.state[p].get(k))} for k in sorted(kinds)]
 
 # %% ../nbs/api/25_optimizers.ipynb #ffa99d1a

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import core, jaxed, online, ours, reference, show
+from bench import core, jaxed, online, ours, reference, show, tickets
 from bench.__main__ import main
 from lop_nb.config import SGD
 
@@ -105,3 +105,30 @@ def test_jax_replaces_units_at_the_same_steps():
     plain = reference.ContinualBackprop(reference.network([(w[1], b[1]) for w, b in weights]), .05, F.cross_entropy, rate=rate)
     for i in range(n): plain.learn(x[1, i:i+1], y[1, i:i+1])
     for s, ages in zip(t.stats, plain.ages): assert sorted(np.asarray(s["age"])[1].tolist()) == sorted(ages.tolist())
+
+
+def test_the_plain_search_finds_what_ours_finds():
+    "both keep 5 % of each layer, and about the same weights: those that two orders of the examples agree on"
+    weights, n = ours.he((784, 32, 10), 1), 1280; task = tickets.PermutedPixels(tickets.few(n), tasks=1, normalize=tickets.HOW, seeds=[0])[0]
+    train, test = tickets.flat(task, "train"), tickets.flat(task, "test")
+    plain, m = tickets.plain_search(weights, train, test, 2, 2); mine, k = tickets.our_search(weights, n, 2, 2)
+    assert m == k == 3 * 2 * n
+    plain(); mine()
+    for name, mask in mine.masks.items():
+        other = plain.masks[tickets.module_name(name)].bool(); both = (mask[0] & other).sum() / other.sum()
+        assert abs(int(mask.sum()) - int(other.sum())) <= 2 and both > .3, (name, both)         # by chance 5 % of them
+    assert plain.accuracy <= 1 and mine.learner.at.examples == k
+    picture, label = tickets.Pictures(tickets.few(n).train, task)[7]
+    torch.testing.assert_close(picture, train.tensors[0][7], rtol=1e-5, atol=1e-5); assert label == train.tensors[1][7]
+
+
+def test_ten_tickets_at_once_are_those_one_by_one():
+    weights = ours.he((784, 16, 10), 1); masks = tickets.tickets(weights, 3)
+    (together, a), (alone, b) = (tickets.our_tickets(weights, masks, 200, 3, 2, t) for t in (True, False))
+    together(); alone(); assert a == b == 3 * 2 * 200
+    for r, one in enumerate(alone.learners):
+        for k, p in one.replicas.params.items(): assert torch.equal(p[0], together.learners[0].replicas.params[k][r])
+    w = together.learners[0].replicas.params["linear_0.weight"]; assert not torch.equal(w[0], w[1]) and ((w != 0) <= masks["linear_0.weight"]).all()
+
+
+def test_ways_to_prune_keep_the_same(): assert set(tickets.pruning("p", 5000).ways) == {"plain, torch.quantile", "sort", "topk", "ours"}    # each is held to the first in there

@@ -20,6 +20,7 @@ SIDEWAYS = {("units", "models"), ("streams", "tasks"), ("bitflips", "tasks"), ("
 SIDEWAYS |= {("chains", "layers"), ("resnet", "layers"), ("resnet", "chains"), ("vit", "layers"), *(("models", m) for m in ("layers", "chains", "resnet", "vit"))}
 SIDEWAYS |= {*((m, o) for m in ("copies", "ranks", "normality", "gradients", "curvature") for o in ("activity", "copies") if m != o), *(("metrics", m) for m in ("activity", "copies", "ranks", "normality", "gradients", "curvature")), ("curvature", "gradients"), ("ranking", "probe"), ("manifold", "cloning"), ("escape", "cloning"), ("escape", "manifold"), ("growth", "cloning"), ("growth", "manifold"), ("figures", "plots"), ("experiments", "figures")}
 SIDEWAYS |= {("learner", "engines"), ("remedies", "interventions"), ("remedies", "learner"), ("active", "kernels"), ("minibatch", "kernels"), ("kernels", "optimizers"), ("active", "optimizers"), ("minibatch", "optimizers")}
+SIDEWAYS |= {*((m, o) for m in ("imp", "pruners", "overlap", "connectivity") for o in ("masks", "imp") if m != o), *(("pipeline", m) for m in ("experiments", "figures", "plots")), ("cli", "cluster")}
 DISTRIBUTION = dict(sklearn="scikit-learn", hydra="hydra-core", omegaconf="hydra-core", yaml="pyyaml", pynvml="nvidia-ml-py")
 
 
@@ -96,7 +97,7 @@ def test_no_machine_is_named():
 
 def test_project_files_parse():
     project = tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]
-    assert set(project["scripts"]) == {"lop-run", "lop-show", "lop-data"}
+    assert set(project["scripts"]) == {"lop-run", "lop-show", "lop-data", "lop-slurm"}
     for f in [*(ROOT/".github"/"workflows").glob("*.yaml"), ROOT/"_quarto.yml", ROOT/"CITATION.cff"]: assert yaml.safe_load(f.read_text()), f
     from lop_nb import __version__
     assert yaml.safe_load((ROOT/"CITATION.cff").read_text())["version"] == __version__

@@ -257,12 +257,23 @@ def test_kaiming_begins_within_its_bounds_and_fresh_units_too(name):
         w = group.fresh((400, fan_in), fan_in, torch.Generator().manual_seed(1)); b = GAINS[name]*(3/fan_in)**.5
         assert .99*b < w.abs().max() <= b*(1 + 1e-6) and abs(w.std() - b/3**.5) < .01*b
 
+def test_glorot_is_normal_with_its_own_deviation_in_each_layer_and_fresh_units_too():
+    "variance 2/(fan_in + fan_out), biases zero: torch's xavier_normal_, number for number"
+    torch.manual_seed(0); net = MLP(80, 10, [400, 300], init="glorot", normalization="batch")
+    torch.manual_seed(0); same = MLP(80, 10, [400, 300], normalization="batch")
+    for m in (same.linear_0, same.linear_1, same.out): torch.nn.init.xavier_normal_(m.weight)
+    for m, other in (net.linear_0, same.linear_0), (net.linear_1, same.linear_1), (net.out, same.out):
+        assert not m.bias.any(); torch.testing.assert_close(m.weight, other.weight, rtol=1e-6, atol=1e-8)
+    for group, (fan_in, fan_out) in zip(net.unit_groups()[1:-1], ((80, 400), (400, 300))):
+        w, std = group.fresh((500, fan_in), fan_in, torch.Generator().manual_seed(1)), (2/(fan_in + fan_out))**.5
+        assert abs(w.std() - std) < 4*std/(2*w.numel())**.5 and w.abs().max() > 3.5*std      # four standard errors; no bound, as a uniform one has
+
 def test_torchs_own_start_is_the_default_and_the_slope_reaches_the_layer():
     torch.manual_seed(0); a = MLP(8, 3, [4], "leaky_relu")
     torch.manual_seed(0); b = MLP(8, 3, [4], "leaky_relu", negative_slope=.01, init="torch")
     assert torch.equal(a.linear_0.weight, b.linear_0.weight) and (a.act_0.negative_slope, b.act_0.negative_slope) == (.1, .01)
     assert all(g.fresh is uniform for g in a.unit_groups())
-    with pytest.raises(LopError, match="Choices: torch, kaiming"): MLP(8, 3, [4], init="he")
+    with pytest.raises(LopError, match="Choices: torch, kaiming, glorot"): MLP(8, 3, [4], init="he")
     with torch.device("meta"): assert MLP(8, 3, [4], init="kaiming").linear_0.weight.is_meta
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lop_nb.compose import aliases, compose, expand
+from lop_nb.compose import aliases, compose, expand, studies
 from lop_nb.config import options, presets
 from lop_nb.experiments import load_run, run_study
 from lop_nb.models import MLP
+from lop_nb.pipeline import stages, verify_tickets
 from lop_nb.records import read_records
 from lop_nb.runtime import LopError
 
@@ -50,7 +51,7 @@ def test_A2_the_keys_at_the_top_level():
 
 
 @pytest.mark.parametrize("key, ours, value", [(k, v, x) for k, v in aliases.items() for x in [dict(
-    dataset="mnist", optimizer="sgd").get(v) or {"wandb": "true", "wandb_project": "x", "wandb_tags": "[a]", "partitions": "[[0,1],[2,3]]", "layers": "[out]", "lr": "0.5", "duplicate_threshold": "0.5", "saturated_threshold": "0.5", "normality": "ks", "histograms": "true", "beta": ".5", "replacement_rate": ".5", "decay": ".5"}.get(v.rpartition(".")[2], "2")]])
+    dataset="mnist", optimizer="sgd").get(v) or {"tickets.tasks": "[0,1]", "tickets.targets": "[0.5]", "tickets.rounds": "[2]", "tickets.aggregate": "union"}.get(v) or {"wandb": "true", "wandb_project": "x", "wandb_tags": "[a]", "partitions": "[[0,1],[2,3]]", "layers": "[out]", "lr": "0.5", "duplicate_threshold": "0.5", "saturated_threshold": "0.5", "normality": "ks", "histograms": "true", "beta": ".5", "replacement_rate": ".5", "decay": ".5"}.get(v.rpartition(".")[2], "2")]])
 def test_A3_spellings_of_the_readme(key, ours, value):
     "every spelling of the sources' READMEs and configuration files is the same setting as ours"
     assert compose([f"{key}={value}"]) == compose([*expand([f"{key}={value}"])[:-1], f"{ours}={value}"])
@@ -142,10 +143,11 @@ def test_A68_the_helper_scripts(tmp_path):
 
 
 def test_B1_the_study_is_chosen_by_name():
-    "`+experiment=tickets/lop` is chosen on the command line, and help touches no data; studies of tickets themselves are refused until they are here"
+    "source B's seven names (`lop-run winning_tickets_masks`) and ours (`+experiment=tickets/masks`) choose the same study, the overlap too; help touches no data"
+    for name, ours in studies.items(): assert compose([name]) == compose([f"+experiment={ours}"]), name
+    assert set(studies.values()) | {"tickets/all"} == {p for p in presets() if p.startswith("tickets/")}
     assert compose(["+experiment=tickets/lop"]).stream.tasks == 500
     assert lop_run("--help", LOP_DATA="/dev/null").returncode == 0
-    assert "Studies of tickets are not in this version" in refused("winning_tickets_masks.num_tickets=2")
 
 
 def test_B2_general_settings():
@@ -163,20 +165,29 @@ def test_B3_settings_of_the_long_run():
 
 
 def test_B4_ticket_masks():
-    "Not yet: the settings of the search for tickets are refused with a message"
-    assert "not in this version" in refused("winning_tickets_masks.pruning_rounds=2")
+    "how many tickets, which density in how many rounds, and at which tasks, at source B's place; pairs are always compared; the preset of all stages runs as it stands"
+    t = compose(["winning_tickets_masks", *(f"winning_tickets_masks.{w}" for w in ("num_tickets=10", "target_percentage=0.05", "pruning_rounds=10", "tasks=[0,50,500]"))]).tickets
+    assert (t.stages, t.masks, t.targets, t.rounds, t.tasks) == (["masks"], 10, [.05], [10], [0, 50, 500])
+    assert "All pairs are compared" in refused("winning_tickets_masks.pairwise=true")
+    cfg = compose(["+experiment=tickets/all"]); verify_tickets(cfg)
+    assert cfg.tickets.stages == list(stages) and max(cfg.tickets.tasks) < cfg.stream.tasks
 
 
 def test_B5_overlap_of_tickets():
-    "Not yet: the settings of the overlap study are refused with a message"
-    assert "not in this version" in refused("overlap_parameters_tickets.mask_selection_criterion=first")
+    "which mask is made of several (first, intersection, union, average) and for which densities"
+    for how in ("first", "intersection", "union", "average"):
+        t = compose(["overlap_parameters_tickets", f"overlap_parameters_tickets.mask_selection_criterion={how}", "overlap_parameters_tickets.target_percentages_values=[0.2,0.1,0.05]", "overlap_parameters_tickets.pruning_rounds_values=[3,5,10]"]).tickets
+        assert (t.stages, t.aggregate, t.targets, t.rounds) == (["overlap"], how, [.2, .1, .05], [3, 5, 10])
 
 
 def test_B6_plasticity_of_tickets():
-    "Not yet: the settings of the plasticity study are refused with a message"
-    assert "not in this version" in refused("winning_tickets_plasticity.num_tasks=100")
+    "density, rounds, number of new tasks, and the tasks at which tickets were found"
+    t = compose(["winning_tickets_plasticity", *(f"winning_tickets_plasticity.{w}" for w in ("target_percentage=0.05", "pruning_rounds=10", "num_tasks=100", "tasks=[0,50]"))]).tickets
+    assert (t.stages, t.targets, t.rounds, t.new_tasks, t.tasks) == (["plasticity"], [.05], [10], 100, [0, 50])
 
 
 def test_B7_accuracy_and_random_masks():
-    "Not yet: the settings of the accuracy, random-mask and parameter studies are refused with a message"
-    for group in ("winning_tickets_accuracy", "test_random_masks", "parameter_plasticity"): assert "not in this version" in refused(f"{group}.tasks=[0]")
+    "the same of the three other studies"
+    for name, stage in dict(winning_tickets_accuracy="accuracy", test_random_masks="random_masks", parameter_plasticity="parameter_plasticity").items():
+        t = compose([name, f"{name}.tasks=[0,3]"] + ([f"{name}.target_percentage=0.05", f"{name}.num_masks_per_task=10"] if name != "parameter_plasticity" else [])).tickets
+        assert (t.stages, t.tasks) == ([stage], [0, 3]) and (stage == "parameter_plasticity" or (t.targets, t.masks) == ([.05], 10))

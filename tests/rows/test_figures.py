@@ -80,7 +80,7 @@ def tickets(metric="ticket_overlap"):
 
 
 def test_B25_overlap_and_accuracy(tmp_path):
-    "drawn from tables of the study, here made up until the tickets are here: overlap at three sparsities with test accuracy, raw and differenced, and Pearson's correlations of both as CSV"
+    "from records, here made up: overlap at three sparsities with test accuracy, raw and differenced, and Pearson's correlations of both as CSV"
     fig = figures.ticket_overlap(tickets()); t = saved(fig, tmp_path)
     assert t.line.nunique() == 4 and [len(ax.lines) for ax in fig.axes] == [3, 1, 3, 1]
     c = pd.read_csv(tmp_path/"figure_correlations.csv")
@@ -90,7 +90,7 @@ def test_B25_overlap_and_accuracy(tmp_path):
 
 
 def test_B26_smoothed_accuracy():
-    "drawn from tables of the study, here made up until the tickets are here: moving average over 21 tasks with one standard deviation, of test accuracy when the axis says so"
+    "from records, here made up: moving average over 21 tasks with one standard deviation, of test accuracy when the axis says so"
     df = made_up(60, 1, rows=[(dict(metric="test_accuracy"), lambda t: float(t)), (dict(metric="train_accuracy"), lambda t: -1.)])
     fig = figures.smoothed_accuracy(df, window=20); line = fig.axes[0].lines[0]
     assert fig.axes[0].get_ylabel() == "test accuracy" and line.get_ydata()[30] == pytest.approx(30) and line.get_ydata()[0] == pytest.approx(np.mean([max(0, k) for k in range(-10, 11)]))
@@ -98,7 +98,7 @@ def test_B26_smoothed_accuracy():
 
 
 def test_B27_tickets_random_masks_and_the_full_network(tmp_path):
-    "drawn from tables of the study, here made up until the tickets are here: mean test accuracy of the three; what is drawn at task 0 is task 0"
+    "from records, here made up: mean test accuracy of the three; what is drawn at task 0 is task 0"
     level = dict(full=.95, ticket=.9, random=.8)
     df = made_up(rows=[(dict(metric="test_accuracy", run=r), lambda t, v=v: v - t/1000) for r, v in level.items()])
     fig = figures.ticket_accuracy(df); t = saved(fig, tmp_path)
@@ -107,7 +107,7 @@ def test_B27_tickets_random_masks_and_the_full_network(tmp_path):
 
 
 def test_B28_parameter_overlap_and_the_first_100_tasks():
-    "drawn from tables of the study, here made up until the tickets are here: overlap of tickets with the most plastic parameters against the task; a ticket beside the full network over the first 100 tasks"
+    "from records, here made up: overlap of tickets with the most plastic parameters against the task; a ticket beside the full network over the first 100 tasks"
     fig = figures.parameter_overlap(tickets("parameter_overlap"))
     assert [line.get_label() for line in fig.axes[0].lines] == ["0.05", "0.1", "0.2"] and fig.axes[0].lines[1].get_ydata()[0] == pytest.approx(25)
     df = made_up(150, 1, rows=[(dict(metric="test_accuracy", run=r), lambda t: .9) for r in ("full", "ticket")])
