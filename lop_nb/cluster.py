@@ -24,9 +24,9 @@ def array_script(
     account=None, partition=None
 )->str:
     "The text of a script for `sbatch`; `LopError` if a word is wrong, or the runs would train the same networks in one folder"
-    compose(overrides)
+    tickets = compose(overrides).tickets
     runs, shared = runs_of(overrides), any(o.startswith("hydra.run.dir=") for o in overrides)
-    if shared and len(runs) > 1 and (not compose(overrides).tickets.stages or "lop" in compose(overrides).tickets.stages):
+    if shared and len(runs) > 1 and (not tickets.stages or "lop" in tickets.stages):
         raise LopError(f"{len(runs)} runs would train in the one folder of hydra.run.dir. Leave it out, and choose with --folder where their folders go.")
     where = [o for o in overrides if o.startswith("hydra.run.dir=")] or [f"hydra.run.dir={folder}/$SLURM_ARRAY_TASK_ID"]
     ask = dict(job_name=name, array=f"0-{len(runs) - 1}" + (f"%{at_once}" if at_once else ""), time=_clock(hours), cpus_per_task=cpus, gres=f"gpu:{gpus}" if gpus else None, account=account, partition=partition,

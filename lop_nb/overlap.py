@@ -10,6 +10,7 @@ __all__ = ['jaccard', 'chance', 'corrected', 'pairs', 'n_way', 'strata', 'matche
 
 # %% ../nbs/api/46_overlap.ipynb #a4f5e33e
 import pandas as pd, torch
+from .imp import keep
 from .runtime import LopError, one_of
 
 # %% ../nbs/api/46_overlap.ipynb #38d1337a
@@ -113,9 +114,7 @@ def matched(
 # %% ../nbs/api/46_overlap.ipynb #882d7a34
 def _largest(scores, counts):
     "bool like scores [R, *shape]: the so many largest of each replica; counts [R]"
-    out = torch.zeros_like(scores, dtype=bool).flatten(1)
-    for row, s, c in zip(out, scores.flatten(1), counts): row[s.topk(int(c)).indices] = True
-    return out.view_as(scores)
+    return torch.cat([keep(s[None], int(c)) for s, c in zip(scores.flatten(1), counts)]).view_as(scores)
 
 # %% ../nbs/api/46_overlap.ipynb #2c2cc71c
 def pair_overlap(

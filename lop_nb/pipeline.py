@@ -80,6 +80,8 @@ class Tickets:
         self.own = [spawn(s, "ticket", m) for s in self.networks for m in range(self.t.masks)]
     @cached_property
     def data(self): return make_data(self.cfg, pick_device(self.cfg.training.device))
+    @cached_property
+    def run(self): return load_run(self.folder)      # of tickets/lop: read once, for all snapshots
     def stream(self, seeds): return make_stream(self.cfg, self.data).seeded(seeds)
     def searches(self): return [(task, target, rounds) for task in self.t.tasks for target, rounds in zip(self.t.targets, self.t.rounds)]
 
@@ -87,7 +89,7 @@ class Tickets:
 @patch
 def start(self:Tickets, task, each=None):
     "The networks as they stood before a task, each of them `each` times: {name: [R, …]}"
-    try: nets = load_run(self.folder).snapshot(self.arm, task)
+    try: nets = self.run.snapshot(self.arm, task)
     except LopError as e: raise LopError(f"{e} The networks come from: lop-run +experiment=tickets/lop logging.snapshot_tasks={math.gcd(*self.t.tasks) or 1} hydra.run.dir={self.folder}") from e
     return {k: v.detach().repeat_interleave(each or self.t.masks, 0) for k, v in (nets.params | nets.buffers).items()}
 
