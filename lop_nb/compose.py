@@ -227,7 +227,7 @@ ranges = dict(
     passage=dict(share="(0, 1)", increments="[1, ∞)"),
     optimizer=dict(lr="[0, ∞)", betas="[0, 1)", eps="[0, ∞)", weight_decay="[0, ∞)", momentum="[0, 1)", dampening="[0, 1]", alpha="[0, 1)", noise_scale="[0, ∞)", noise_decay="[0, 1]"),
     training=dict(seed="[0, ∞)", early_stopping="[0, ∞)", initial_epochs="[0, ∞)", **{k: "[1, ∞)" for k in ("replicas", "epochs", "batch_size", "threads")}),
-    metrics=dict(every="[1, ∞)", bin="[1, ∞)", epochs="[1, ∞)", probe_size="[1, ∞)", dead_threshold="[0, 1]", duplicate_threshold="[0, 1]",
+    metrics=dict(every="[1, ∞)", bin="[1, ∞)", epochs="[1, ∞)", probe_size="[1, ∞)", kernel_size="[0, ∞)", dead_threshold="[0, 1]", duplicate_threshold="[0, 1]",
                  dead_size="[0, ∞)", dormant_threshold="[0, 1]", flat_slope="[0, ∞)", saturated_threshold="[0, 1]", gradient_ratio="[0, ∞)", missing_mass="(0, 1)", normality_rows="[3, 5000]", histogram_edges="(0, ∞)"),
     intervention={"l2_init.weight": "[0, ∞)", "continual_backprop.replacement_rate": "[0, 1]", "continual_backprop.decay": "[0, 1)", "continual_backprop.maturity_threshold": "[0, ∞)",
                   "weight_clipping.bound": "(0, ∞)", "shrink_and_perturb.shrink": "[0, 1]", "shrink_and_perturb.noise": "[0, ∞)", "online_norm.limit": "(0, ∞)",

@@ -380,6 +380,7 @@ class MetricsConfig:
     names: list[str] = field(default_factory=lambda: ["dead_fraction", "duplicate_fraction", "effective_rank", "stable_rank", "weight_norm"]) # of `metrics.known`; [all]: every one
     probe_split: str = "train"           # train, val, test
     probe_size: Optional[int] = 500      # examples, balanced over the classes; None: the whole split
+    kernel_size: int = 0                 # examples of the probe for the tangent kernel (`ntk`), which is seen as often as the layers; 0: none
     every: int = 1                       # tasks between two measurements
     epochs: Optional[int] = None         # also within a task, each so many epochs and at its start; None: at its end alone
     layers: list[str] = field(default_factory=lambda: ["default"]) # default, block_outputs, or parts of module names; []: every module

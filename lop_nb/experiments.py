@@ -6,7 +6,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['intervention_kinds', 'most_numbers', 'seeds', 'make_data', 'make_stream', 'tasks_of', 'shape_of', 'make_network',
-           'make_replicas', 'verify_growth', 'make_monitor', 'verify', 'make_interventions', 'make_specs',
+           'make_replicas', 'verify_growth', 'make_monitors', 'verify', 'make_interventions', 'make_specs',
            'make_learner', 'make_callbacks', 'keepers', 'open_folder', 'saved_arms', 'plan', 'run_study',
            'enough_memory', 'summary', 'Run', 'load_run']
 
@@ -36,6 +36,7 @@ from .interventions import ContinualBackprop, L2Init
 from .learner import Evaluate, Learner, Online, Progress
 from .models import make_model, widened
 from .monitor import Monitor, OtherTasks, select
+from .ntk import TangentKernel
 from .optimizers import make_optimizer
 from .outcomes import outcome_table
 from .records import Records, read_records
@@ -87,7 +88,9 @@ def verify_growth(cfg, part, net):
     if numbers > most_numbers: raise LopError(f"{part}: after {tasks - 1} expansions by {factor} the network would have about {numbers:.0e} weights. Set stream.tasks or intervention.clone.factor lower.")
 
 # %% ../nbs/api/51_experiments.ipynb #5db6469e
-def make_monitor(m): return Monitor(**{k: v for k, v in settings(m).items() if k not in ("other_tasks", "bin")})
+def make_monitors(m):
+    asked = {k: v for k, v in settings(m).items() if k not in ("other_tasks", "bin", "kernel_size")}
+    return [Monitor(**asked)] + ([TangentKernel(m.kernel_size, **asked)] if m.kernel_size else [])
 
 def verify(
     cfg # a composed config
@@ -106,7 +109,7 @@ def verify(
     if cfg.passage.how in ("inputs", "labels") and cfg.stream.get("examples") and cfg.stream.name != "random_labels":
         raise LopError(f"passage.how={cfg.passage.how} mixes an example with itself in another task, but with stream.examples={cfg.stream.examples} each task draws its own. Use passage=sampling, or stream.examples=null.")
     make_optimizer(cfg.optimizer, dict(w=torch.zeros(1, 1, requires_grad=True)), generators=[torch.Generator()])
-    make_monitor(cfg.metrics)
+    make_monitors(cfg.metrics)
     select(net, cfg.metrics.layers)
     if parts := [p for arm in cfg.intervention.arms for p in arm.split("+") if p in growing]: verify_growth(cfg, parts[0], net)
 
@@ -150,7 +153,7 @@ def make_learner(
 def make_callbacks(cfg, arm, network=None):
     "What measures and intervenes"
     other, patience = cfg.metrics.other_tasks, cfg.training.early_stopping
-    looks = [make_monitor(cfg.metrics)] + ([OtherTasks(other)] if other != "none" else [])
+    looks = make_monitors(cfg.metrics) + ([OtherTasks(other)] if other != "none" else [])
     return [Online(cfg.metrics.bin), Evaluate(), *looks, *make_interventions(cfg, arm, network)] + ([EarlyStopping(patience)] if patience else [])
 
 # %% ../nbs/api/51_experiments.ipynb #3852d083

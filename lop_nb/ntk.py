@@ -7,7 +7,7 @@ Docs: https://lop-nb.github.io/lop_nb/api/ntk.html.md"""
 # %% auto #0
 __all__ = ['jacobian', 'kernel', 'eigenvalues', 'kernel_trace', 'kernel_condition', 'kernel_effective_rank', 'kernel_cosine',
            'kernel_distance', 'kernel_velocity', 'target_kernel', 'kernel_alignment', 'kernel_measures',
-           'sampled_kernel', 'mean_gradient_inner_product']
+           'sampled_kernel', 'mean_gradient_inner_product', 'TangentKernel']
 
 # %% ../nbs/api/47_ntk.ipynb #feb3472f
 import math, torch
@@ -20,6 +20,8 @@ from torch.func import functional_call, vjp, vmap
 from . import ranks
 from .activity import double
 from .gradients import mean_gradient, pullbacks, stacked, still
+from .masks import Mask
+from .monitor import Monitor
 from .ranks import outer
 from .runtime import LopError
 from .units import hooked
@@ -31,12 +33,12 @@ def _legal(mask, params):
         if k not in params or m.shape != params[k].shape: raise LopError(f"The mask of '{k}' {list(m.shape)} fits no weight of this network. A mask is {{name: bool [R, *shape]}} over some of its stacked parameters.")
         if m.dtype != torch.bool: raise LopError(f"The mask of '{k}' is {m.dtype}, not bool. Pass mask > 0.")
 
-def _single(model, r, mask, dtype):
+def _single(model, r, mask, dtype, frozen=False):
     "Replica r as `pullbacks` takes it, in `dtype`; and which of its parameters may move: {name: bool}, missing for all"
     module, params, buffers = stacked(model); _legal(mask, params)
     one = lambda ts: {k: t[r:r + 1].to(dtype) if t.is_floating_point() else t[r:r + 1] for k, t in ts.items()}
     free = {k: m[r] for k, m in (mask or {}).items()}
-    p = {k: v.where(free[k], 0.) if k in free else v for k, v in one(params).items()}
+    p = {k: v.where(free[k], 0.) if k in free and not frozen else v for k, v in one(params).items()}
     return SimpleNamespace(modules=[module], params=p, buffers=one(buffers)), free
 
 def _flat(net, free):
@@ -132,11 +134,11 @@ def _by_layers(net, free, x, d, rows, layers):
         out = out + _of_layer(a, δ, rows, free.get(f"{n}.weight"), bias)
     return out
 
-def _kernels(model, x, units, rows, mask, memory, dtype):
+def _kernels(model, x, units, rows, mask, memory, dtype, frozen=False):
     "Of each replica the products [G, N, N]; units [R, V, C]"
     out = []
     for r, d in enumerate(units.to(x.device, dtype)):
-        net, free = _single(model, r, mask, dtype); one = x[r:r + 1].to(dtype)
+        net, free = _single(model, r, mask, dtype, frozen); one = x[r:r + 1].to(dtype)
         with still(net.modules[0]):
             layers = _linear(net, one)
             out.append(_by_rows(net, free, one, d, rows, memory) if layers is None else _by_layers(net, free, one, d, rows, layers))
@@ -149,12 +151,13 @@ def kernel(
     contract=False,      # sum over the classes?
     mask=None,           # {name: bool [R, *shape]}: of a ticket; None: every weight is there
     memory=2**30,        # bytes for rows of J, where they are needed
-    dtype=torch.float64  # to compute in; float32 on devices that have no other
+    dtype=torch.float64, # to compute in; float32 on devices that have no other
+    frozen=False         # True: weights that the mask leaves out are not zero, but they don't move
 ):                       # [R, n, n] contracted; else [R, nC, nC], rows and columns by example, then class
     "The empirical neural tangent kernel JJᵀ in evaluation mode (Jacot et al., 2018), one replica after the other"
     C = _outputs(model, x)
     rows = (lambda J: J.flatten(1)[None]) if contract else (lambda J: J.flatten(0, 1)[None])
-    return _kernels(model, x, torch.eye(C).expand(len(x), C, C), rows, mask, memory, dtype)[:, 0]
+    return _kernels(model, x, torch.eye(C).expand(len(x), C, C), rows, mask, memory, dtype, frozen)[:, 0]
 
 # %% ../nbs/api/47_ntk.ipynb #0c96ea14
 def eigenvalues(
@@ -278,3 +281,18 @@ def mean_gradient_inner_product(
     if m < 2: raise LopError(f"Pairs of batches need at least 2 batches, not {m}.")
     g = torch.stack([double(mean_gradient(model, x[:, i], y[:, i], loss)) for i in range(m)], 1)
     return (g.sum(1).square().sum(-1) - g.square().sum((1, 2))) / (m*(m - 1))
+
+# %% ../nbs/api/47_ntk.ipynb #00dfdd6e
+class TangentKernel(Monitor):
+    "Records the measures of the whole kernel, whenever a `Monitor` of the same settings reads layers"
+    def __init__(self,
+        size,   # examples of the probe: the kernel has `size`·C rows
+        **looks # settings of `Monitor`
+    ): super().__init__(**looks | dict(names=[], probe_size=size))
+    def measure(self, learner, label=""):
+        "Record them now"
+        x, y = self.examples(learner.task); nets = learner.replicas
+        mask = next((c for c in learner.callbacks if isinstance(c, Mask)), None)
+        K = kernel(nets, x, mask=mask and mask.masks, frozen=bool(mask) and mask.frozen, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
+        classes = None if y.is_floating_point() else K.shape[-1] // y.shape[1]
+        learner.log_all({(self.split, "", name + label): v for name, v in kernel_measures(K, None if classes is None else y, classes).items()})

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from . import figures, imp
 from .augment import recipe
 from .checkpoints import Checkpoint, load_checkpoint
-from .experiments import load_run, make_data, make_monitor, make_network, make_stream, open_folder, run_study, seeds, shape_of, tasks_of
+from .experiments import load_run, make_data, make_monitors, make_network, make_stream, open_folder, run_study, seeds, shape_of, tasks_of
 from .imp import GradientSizes, Rounds, Search, ladder
 from .learner import Evaluate, Learner, Online, Progress
 from .masks import Mask, full, prunable
@@ -99,7 +99,7 @@ def learner(self:Tickets, stream, start, callbacks, store, run, own=None):
     cfg, t = self.cfg, self.cfg.training
     nets = Replicas(lambda: make_network(cfg, self.data.shape, stream.num_classes), own or self.own, device=self.data.device)
     nets.load_state_dict(dict(params={k: start[k] for k in nets.params}, buffers={k: start[k] for k in nets.buffers}))
-    shows = [Online(), Evaluate(), make_monitor(cfg.metrics)] + ([Progress()] if cfg.logging.progress else [])
+    shows = [Online(), Evaluate(), *make_monitors(cfg.metrics)] + ([Progress()] if cfg.logging.progress else [])
     learner = Learner(nets, stream, cfg.optimizer, t.epochs, t.batch_size, callbacks, None if t.no_augment else recipe(self.data.name), engine=t.engine, store=store, run=run, defaults=shows)
     learner.alike = 10      # at least; always the same number, or the engine (and so the last bit) would depend on what else is asked for
     return learner

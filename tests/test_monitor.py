@@ -13,6 +13,7 @@ from lop_nb.learner import Callback, Evaluate, Learner, Online, evaluate
 from lop_nb.layers import activations
 from lop_nb.models import CNN, MLP, ResNet, ViT
 from lop_nb.monitor import Monitor, OtherTasks, balanced, incoming, select, spread, with_gradients, with_slopes
+from lop_nb.ntk import TangentKernel, kernel, kernel_effective_rank
 from lop_nb.outcomes import accuracy_matrix, initial_accuracy
 from lop_nb.replicas import Replicas
 from lop_nb.runtime import LopError
@@ -85,7 +86,7 @@ def test_histograms_are_shares_of_the_units():
 
 
 # ---- that it only looks ----
-@pytest.mark.parametrize("looks", [lambda: Monitor(["all"], epochs=1, layers=[], histograms=True, probe_size=20), lambda: OtherTasks("all")])
+@pytest.mark.parametrize("looks", [lambda: Monitor(["all"], epochs=1, layers=[], histograms=True, probe_size=20), lambda: OtherTasks("all"), lambda: TangentKernel(10, epochs=1)])
 def test_training_goes_on_as_if_nobody_looked(looks):
     "parameters, running statistics and generators after a measured run are bit for bit those of one that was not"
     plain, watched = fit(), fit(looks())
@@ -143,6 +144,17 @@ def test_other_tasks_are_evaluated_as_their_own():
     fresh = Replicas(SMALL, [0, 1])
     np.testing.assert_array_equal(initial_accuracy(learner.records)[:, 1], evaluate(fresh, learner.stream[1], learner.stream[1].test)["accuracy"].double().numpy())
     assert set(learner.records.query("metric == 'other_loss'").split) == {"test/0", "test/1", "test/2"}
+
+def test_the_tangent_kernel_in_a_study():
+    "on as many examples as were asked for, of the split and at the moments of the other measures; of labels that are numbers there is no alignment"
+    learner = plan(compose(["metrics.kernel_size=20", "metrics.probe_split=test", "training.replicas=2", "stream.tasks=2", "training.epochs=1"]))[1][0].fit()
+    rows = learner.records.query("metric == 'ntk_effective_rank'"); assert len(rows) == 4 and set(rows.split) == {"test"}
+    look, = (c for c in learner.callbacks if isinstance(c, TangentKernel)); x, y = look.examples(learner.task); assert x.shape[:2] == (2, 20) and (y.bincount() if y.ndim == 1 else y[0].bincount()).unique().tolist() == [2]
+    np.testing.assert_allclose(rows.query("task == 1").value, kernel_effective_rank(kernel(learner.replicas, x)).numpy(), rtol=1e-6)
+    assert not any(isinstance(c, TangentKernel) for c in make_callbacks(compose([]), "backprop"))
+    with pytest.raises(LopError, match="metrics.kernel_size"): compose(["metrics.kernel_size=-1"])
+    bits = plan(compose(["+experiment=bit-flipping", "metrics.kernel_size=5", "stream.tasks=2", "training.replicas=2"]))[1][0].fit()
+    assert {m for m in bits.records.metric if m.startswith("ntk_")} == {"ntk_trace", "ntk_condition", "ntk_effective_rank"}
 
 def test_other_tasks_in_a_study():
     learner = plan(compose(["metrics.other_tasks=past", "training.replicas=1"]))[1][0]

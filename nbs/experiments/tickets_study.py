@@ -18,8 +18,8 @@ from lop_nb.compose import compose
 from lop_nb.pipeline import run_tickets, ticket_rows
 from lop_nb.records import read_records
 
-_base = ["+experiment=tickets/all", "stream.tasks=101", "training.replicas=5", "tickets.masks=3", "logging.figures=false", "metrics.names=[dead_fraction,effective_rank,weight_norm]", "metrics.probe_size=2000"]
-settings = {"raw": [], "standardised": ["dataset.normalize=standardize"], "carried": ["optimizer.reinit_optimizer=false"]}
+_base = ["+experiment=tickets/all", "stream.tasks=101", "training.replicas=5", "tickets.masks=3", "logging.figures=false", "metrics.names=[dead_fraction,effective_rank,weight_norm]", "metrics.probe_size=2000", "metrics.kernel_size=50", "metrics.epochs=10"]   # both at the start and at the end of a task
+settings = {"raw": [], "standardised": ["dataset.normalize=standardize", "stream.tasks=51"], "carried": ["optimizer.reinit_optimizer=false", "stream.tasks=51"]}
 _ages, _arms = "tickets.tasks=[0,10,50,100]", "tickets.arms=[dense,ticket,live_ticket,reinitialised,random_biases,synflow]"
 _two = ["tickets.stages=[masks,accuracy,random_masks,parameter_plasticity,overlap]", "tickets.tasks=[0,50]", "tickets.targets=[0.2,0.05]", "tickets.rounds=[3,10]"]
 parts = {
@@ -27,7 +27,7 @@ parts = {
     "published": [*_two, "tickets.faithful=true"],
     "corrected": _two,
     "result": ["tickets.stages=[masks,accuracy,random_masks]", _ages, _arms, "tickets.nested=true", "tickets.targets=[0.2,0.1,0.05]", "tickets.rounds=[3,4,5]"],
-    "reversal": ["tickets.stages=[masks,accuracy,random_masks]", "tickets.tasks=[0,50]", "tickets.arms=[dense,ticket,live_ticket]", "tickets.targets=[0.05]", "tickets.rounds=[5]"]}   # for the other settings
+    "reversal": ["tickets.stages=[lop,masks,accuracy,random_masks]", "tickets.tasks=[0,50]", "tickets.arms=[dense,ticket,live_ticket]", "tickets.targets=[0.05]", "tickets.rounds=[5]"]}   # for the other settings
 
 # Test accuracies and overlaps of the published study, and how near the mean of our five networks must come.
 published = {("dense", 0, 1.): (.952, .006), ("random", 0, .05): (.940, .006), ("random", 50, .05): (.2964, .06), ("ticket", 50, .05): (.8374, .06), ("overlap", 0, .2): (26.1, 1.), ("overlap", 0, .05): (15.1, 1.)}
@@ -36,18 +36,23 @@ published = {("dense", 0, 1.): (.952, .006), ("random", 0, .05): (.940, .006), (
 def words(part, setting): return [*{w.partition("=")[0]: w for w in [*_base, *settings[setting], *parts[part]]}.values()]
 
 
+metrics = ["test_accuracy", "train_accuracy", "dead_fraction", "effective_rank", "weight_norm", "ntk_effective_rank", "ntk_trace"]
+
+
 def collect(folder):
     arms, overlaps, ages = [], [], []
     for setting in settings:
         for root in ("tickets", "as_coded"):
             at = Path(folder)/setting/root
             if not at.is_dir(): continue
-            rows = ticket_rows(at); rows = rows[(rows.kind == "trials") & rows.metric.isin(["test_accuracy", "train_accuracy", "dead_fraction", "effective_rank"])]
-            last = rows[rows.step == rows.groupby(["run", "start", "density", "rounds"]).step.transform("max")]
-            arms.append(last.groupby(["run", "start", "density", "rounds", "replica", "metric"], sort=False).value.mean().reset_index().assign(setting=setting, way=root))
+            rows = ticket_rows(at); of = ["run", "start", "density", "rounds"]; rows = rows[(rows.kind == "trials") & rows.metric.isin(metrics)]
+            steps = rows.groupby(of).step.agg(["min", "max"]).reindex(pd.MultiIndex.from_frame(rows[of]))
+            rows = rows.assign(end=rows.step.to_numpy() == steps["max"].to_numpy()); rows = rows[rows.end | (rows.step.to_numpy() == steps["min"].to_numpy())]   # at its end, and at its start
+            arms.append(rows.groupby([*of, "replica", "metric", "end"], sort=False).value.mean().reset_index().assign(setting=setting, way=root))
             if (at/"overlap.csv").is_file(): overlaps.append(pd.read_csv(at/"overlap.csv").assign(setting=setting, way=root))
         if (Path(folder)/setting/"config.yaml").is_file():
-            df = read_records(Path(folder)/setting); ages.append(df[df.metric.isin(["test_accuracy", "dead_fraction", "effective_rank", "weight_norm"])].assign(setting=setting)[["setting", "seed", "task", "layer", "metric", "value"]])
+            df = read_records(Path(folder)/setting); df = df[df.metric.isin(metrics) & df.epoch.isin([0, 10])]
+            ages.append(df[["seed", "task", "epoch", "metric", "value"]].assign(setting=setting))
     results = Path(__file__).parent/"results"
     for name, found in dict(tickets_arms=arms, tickets_overlap=overlaps, tickets_ages=ages).items():
         if found: pd.concat(found, ignore_index=True).to_parquet(results/f"{name}.parquet", compression="zstd")
