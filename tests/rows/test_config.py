@@ -14,10 +14,10 @@ import torch
 from omegaconf import OmegaConf
 
 from lop_nb.compose import aliases, compose, expand, studies
-from lop_nb.config import options, presets
+from lop_nb.config import options, presets, ticket_stages
 from lop_nb.experiments import load_run, run_study
 from lop_nb.models import MLP
-from lop_nb.pipeline import stages, verify_tickets
+from lop_nb.pipeline import verify_tickets
 from lop_nb.records import read_records
 from lop_nb.runtime import LopError
 
@@ -170,7 +170,7 @@ def test_B4_ticket_masks():
     assert (t.stages, t.masks, t.targets, t.rounds, t.tasks) == (["masks"], 10, [.05], [10], [0, 50, 500])
     assert "All pairs are compared" in refused("winning_tickets_masks.pairwise=true")
     cfg = compose(["+experiment=tickets/all"]); verify_tickets(cfg)
-    assert cfg.tickets.stages == list(stages) and max(cfg.tickets.tasks) < cfg.stream.tasks
+    assert cfg.tickets.stages == list(ticket_stages) and max(cfg.tickets.tasks) < cfg.stream.tasks
 
 
 def test_B5_overlap_of_tickets():
