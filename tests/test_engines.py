@@ -54,7 +54,7 @@ def test_a_kernel_is_torch_to_rounding(job):
 @pytest.mark.parametrize("engine", ["numba", "torch"])
 def test_where_blocks_end_does_not_matter(job, engine, monkeypatch):
     whole = learner(job, engine, dtype=torch.float32).fit()
-    monkeypatch.setattr("lop_nb.learner.chunk_bytes", 2**16)
+    monkeypatch.setattr("lop_nb.learner.chunk_bytes", 2**12)
     assert same(whole, learner(job, engine, dtype=torch.float32).fit())
 
 
@@ -71,7 +71,7 @@ def test_alone_as_among_others_and_on_any_number_of_threads(job):
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("stop", [1, 900])
 def test_stopped_saved_and_resumed_is_never_stopped(job, stop, tmp_path, monkeypatch):
-    monkeypatch.setattr("lop_nb.learner.chunk_bytes", 2**15)
+    monkeypatch.setattr("lop_nb.learner.chunk_bytes", 2**11)
     extra = (lambda: [ContinualBackprop(replacement_rate=2e-3)]) if JOBS[job][3] == 1 and JOBS[job][2] is still else list
     whole = learner(job, "auto" if extra is list else "numba", *extra(), dtype=torch.float32).fit()
     a = learner(job, "auto" if extra is list else "numba", *extra(), StopAt(min(stop, whole.at.step - 1)), Checkpoint(tmp_path, 1e9), dtype=torch.float32)

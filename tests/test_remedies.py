@@ -250,7 +250,7 @@ def test_each_one_changes_the_run(arm, whole):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_alone_as_among_others_and_however_blocks_are_cut(arm, tmp_path, whole, monkeypatch):
-    monkeypatch.setattr("lop_nb.learner.chunk_bytes", 3 * 4 * 32 * 64)      # three batches
+    monkeypatch.setattr("lop_nb.learner.chunk_bytes", 3 * 4 * 32 * 64 // 16)      # three batches
     alone = run_of(arm, tmp_path, seeds=[1]).fit()
     for k, p in all_of(alone).items(): assert torch.equal(p[0], all_of(whole[arm])[k][1]), k
 
