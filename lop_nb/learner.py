@@ -85,6 +85,7 @@ class Learner:
         self.asked, self.why, self.store = one_of("training.engine", engine, ["auto", *engines]), "", Records() if store is None else store
         self.callbacks = sorted([*(default_callbacks() if defaults is None else defaults), *callbacks], key=lambda c: c.order)
         self.stopping, self.safe, self.latest = False, False, {}
+        self.longest = None                   # batches of a block at most, for callbacks that have to hear more often
         self.alike = 1                        # learners like this one that a study has: what is compiled serves all of them
         self.live = [True]*len(replicas)      # which replicas still train on this task: see early stopping
         self.per_element = any(c.resets_units for c in self.callbacks)
@@ -177,7 +178,7 @@ def _blocks(self:Learner):
     view, R, dev = self.task.train, len(self.replicas), self.replicas.device
     B, sizes, order, change = self.batch_size, cuts(view.n, self.batch_size), self._order(view), self._change()
     progress = ((self.at.epoch + torch.arange(view.n, device=dev) / view.n) / self.epochs).expand(R, -1)
-    size = 4 * R * B * self.stream.data.input_size; many, i = max(1, chunk_bytes // size, min(64, 16 * chunk_bytes // size)), self.at.batch
+    size = 4 * R * B * self.stream.data.input_size; many, i = min(self.longest or len(sizes), max(1, chunk_bytes // size, min(64, 16 * chunk_bytes // size))), self.at.batch
     while i < len(sizes):
         j = min(len(sizes), i - i % many + many); here = slice(i*B, j*B if j < len(sizes) else view.n)
         yield Block(view, order[:, here], sizes[i:j], change(order[:, here]), progress[:, here], self._inputs)
