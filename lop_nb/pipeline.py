@@ -345,7 +345,7 @@ def figure_rows(self:Tickets):
 # %% ../nbs/api/52_pipeline.ipynb #092000bc
 def write_report(study):
     "Tables, report and figures of what has been made so far"
-    out = study.root
+    out = study.root; out.mkdir(parents=True, exist_ok=True)
     rows = ticket_rows(out) if any(out.glob("*/**/done")) else None; text = [f"Tickets in {study.folder.name}: networks {study.networks}, {study.t.masks} {'masks' if study.t.masks > 1 else 'mask'} each" + (", by the published protocol with its errors" if study.t.faithful else "")]
     if rows is not None and (rows.kind == "masks").any(): text += ["", "Test accuracy at the end of each round of a search, mean over all tickets; round 0 has all weights", search_table(rows).to_string()]
     if rows is not None and (rows.kind == "trials").any():
