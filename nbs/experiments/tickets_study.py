@@ -27,7 +27,7 @@ parts = {
     "published": [*_two, "tickets.faithful=true"],
     "corrected": _two,
     "result": ["tickets.stages=[masks,accuracy,random_masks]", _ages, _arms, "tickets.nested=true", "tickets.targets=[0.2,0.1,0.05]", "tickets.rounds=[3,4,5]"],
-    "reversal": ["tickets.stages=[lop,masks,accuracy,random_masks]", "tickets.tasks=[0,50]", "tickets.arms=[dense,ticket,live_ticket]", "tickets.targets=[0.05]", "tickets.rounds=[5]"]}   # for the other settings
+    "reversal": ["tickets.stages=[lop,masks,accuracy,random_masks]", "tickets.tasks=[0,50]", "tickets.arms=[dense,ticket]", "tickets.targets=[0.05]", "tickets.rounds=[5]"]}   # for the other settings
 
 # Test accuracies and overlaps of the published study, and how near the mean of our five networks must come.
 published = {("dense", 0, 1.): (.952, .006), ("random", 0, .05): (.940, .006), ("random", 50, .05): (.2964, .06), ("ticket", 50, .05): (.8374, .06), ("overlap", 0, .2): (26.1, 1.), ("overlap", 0, .05): (15.1, 1.)}
