@@ -40,7 +40,7 @@ class Block:
 # %% ../nbs/api/29_engines.ipynb #5179fcef
 class Torch:
     "One step after the other; callbacks hear of each"
-    name = "torch"
+    name, worth = "torch", 8     # batches of a block that is worth its call
     def __init__(self, learner): self.reads = tuple(dict.fromkeys(n for c in learner.callbacks for n in c.reads))
     def __call__(self, learner, block):
         x, y, kept = *block.fetch(), []
@@ -129,7 +129,7 @@ def job_of(
 # %% ../nbs/api/29_engines.ipynb #5228b67e
 class Numba:
     "A compiled kernel makes all steps of a block"
-    name = "numba"
+    name, worth = "numba", 64
     def __init__(self, learner):
         job = job_of(learner)
         deep = len(layers_of(job.nets.modules[0])[0]) > 2

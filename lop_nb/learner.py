@@ -155,7 +155,7 @@ def _change(self:Learner):
     return lambda pick: lambda x: self.augment(x, {k: v[r, pick] for k, v in draws.items()})
 
 # %% ../nbs/api/30_learner.ipynb #73a2f8be
-chunk_bytes = 2**21   # of fetched examples, all replicas together; up to 16 times as many for 64 batches
+chunk_bytes = 2**21   # of fetched examples, all replicas together; up to 16 times as many for a block that is worth its call
 
 def cuts(
     n, # examples
@@ -178,7 +178,7 @@ def _blocks(self:Learner):
     view, R, dev = self.task.train, len(self.replicas), self.replicas.device
     B, sizes, order, change = self.batch_size, cuts(view.n, self.batch_size), self._order(view), self._change()
     progress = ((self.at.epoch + torch.arange(view.n, device=dev) / view.n) / self.epochs).expand(R, -1)
-    size = 4 * R * B * self.stream.data.input_size; many, i = min(self.longest or len(sizes), max(1, chunk_bytes // size, min(64, 16 * chunk_bytes // size))), self.at.batch
+    size = 4 * R * B * self.stream.data.input_size; many, i = min(self.longest or len(sizes), max(1, chunk_bytes // size, min(self.engine.worth, 16 * chunk_bytes // size))), self.at.batch
     while i < len(sizes):
         j = min(len(sizes), i - i % many + many); here = slice(i*B, j*B if j < len(sizes) else view.n)
         yield Block(view, order[:, here], sizes[i:j], change(order[:, here]), progress[:, here], self._inputs)
