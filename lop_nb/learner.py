@@ -29,7 +29,7 @@ _training = TrainingConfig()
 # %% ../nbs/api/30_learner.ipynb #0e449bba
 class Callback:
     "Something that happens at moments of a fit; override what you need"
-    reads, resets_units, order, inside = (), False, 0, None
+    reads, resets_units, order, inside, longest = (), False, 0, None, None   # longest: so many batches of a block at most, for one that has to hear of them sooner
     def before_fit(self, learner): "The fit begins, or goes on"
     def before_reset(self, learner): "A task after the first begins, and nothing has been reset for it yet"
     def before_task(self, learner): "A task begins"
@@ -85,7 +85,6 @@ class Learner:
         self.asked, self.why, self.store = one_of("training.engine", engine, ["auto", *engines]), "", Records() if store is None else store
         self.callbacks = sorted([*(default_callbacks() if defaults is None else defaults), *callbacks], key=lambda c: c.order)
         self.stopping, self.safe, self.latest = False, False, {}
-        self.longest = None                   # batches of a block at most, for callbacks that have to hear more often
         self.alike = 1                        # learners like this one that a study has: what is compiled serves all of them
         self.live = [True]*len(replicas)      # which replicas still train on this task: see early stopping
         self.per_element = any(c.resets_units for c in self.callbacks)
@@ -178,7 +177,9 @@ def _blocks(self:Learner):
     view, R, dev = self.task.train, len(self.replicas), self.replicas.device
     B, sizes, order, change = self.batch_size, cuts(view.n, self.batch_size), self._order(view), self._change()
     progress = ((self.at.epoch + torch.arange(view.n, device=dev) / view.n) / self.epochs).expand(R, -1)
-    size = 4 * R * B * self.stream.data.input_size; many, i = min(self.longest or len(sizes), max(1, chunk_bytes // size, min(self.engine.worth, 16 * chunk_bytes // size))), self.at.batch
+    size, i = 4 * R * B * self.stream.data.input_size, self.at.batch       # bytes of a batch
+    many = max(1, chunk_bytes // size, min(self.engine.worth, 16 * chunk_bytes // size))
+    many = min([many, *(c.longest for c in self.callbacks if c.longest)])
     while i < len(sizes):
         j = min(len(sizes), i - i % many + many); here = slice(i*B, j*B if j < len(sizes) else view.n)
         yield Block(view, order[:, here], sizes[i:j], change(order[:, here]), progress[:, here], self._inputs)

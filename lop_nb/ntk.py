@@ -292,7 +292,7 @@ class TangentKernel(Monitor):
     def measure(self, learner, label=""):
         "Record them now"
         x, y = self.examples(learner.task); nets = learner.replicas
-        mask = next((c for c in learner.callbacks if isinstance(c, Mask)), None)
-        K = kernel(nets, x, mask=mask and mask.masks, frozen=bool(mask) and mask.frozen, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
-        classes = None if y.is_floating_point() else K.shape[-1] // y.shape[1]
-        learner.log_all({(self.split, "", name + label): v for name, v in kernel_measures(K, None if classes is None else y, classes).items()})
+        held = next((dict(mask=c.masks, frozen=c.frozen) for c in learner.callbacks if isinstance(c, Mask)), {})
+        K = kernel(nets, x, **held, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
+        measures = kernel_measures(K, None if y.is_floating_point() else y, K.shape[-1] // x.shape[1])
+        learner.log_all({(self.split, "", name + label): v for name, v in measures.items()})

@@ -24,6 +24,7 @@ from .experiments import load_run, make_data, make_monitors, make_network, make_
 from .imp import GradientSizes, Rounds, Search, ladder
 from .learner import Evaluate, Learner, Online, Progress
 from .masks import Mask, full, prunable
+from .outcomes import end_of_task
 from .overlap import aggregate, jaccard, n_way, pair_overlap, plastic_masks
 from .plots import interval
 from .pruners import prune_at_start
@@ -305,18 +306,17 @@ def search_table(
     rows # of `ticket_rows`
 )->pd.DataFrame: # rows task, criterion, density and rounds; a column for each round, 0 is the whole network
     "Test accuracy of the searches at the end of each round, mean over all tickets"
-    rows = rows[(rows.kind == "masks") & (rows.metric == "test_accuracy")]
-    of = ["start", "criterion", "density", "rounds", "task"]
-    last = rows[rows.step == rows.groupby(of).step.transform("max")]
-    return last.groupby(of).value.mean().unstack("task").rename_axis(index=dict(start="task"), columns="round").round(4)
+    last = end_of_task(rows[(rows.kind == "masks") & (rows.metric == "test_accuracy")])
+    return last.groupby(["start", "criterion", "density", "rounds", "task"]).value.mean().unstack("task").rename_axis(index=dict(start="task"), columns="round").round(4)
 
 # %% ../nbs/api/52_pipeline.ipynb #29744b4c
 def arm_table(
     study, # `Tickets`
-    metric="test_accuracy"
+    metric="test_accuracy",
+    rows=None # `ticket_rows(study.root)`, if at hand
 )->pd.DataFrame: # rows task, density, rounds, run; columns mean, half, networks, masks
     "What each arm has at the end of its task"
-    df = ticket_rows(study.root); df = df[(df.kind == "trials") & (df.metric == metric)].assign(network=lambda d: d.replica // study.t.masks)
+    df = ticket_rows(study.root) if rows is None else rows; df = df[(df.kind == "trials") & (df.metric == metric)].assign(network=lambda d: d.replica // study.t.masks)
     last = df[df.step == df.groupby(["run", "start", "density", "rounds"]).step.transform("max")]
     each = last.groupby(["start", "density", "rounds", "run", "network"], sort=False).value.mean().reset_index()
     t = interval(each, ["start", "density", "rounds", "run"])
@@ -346,10 +346,11 @@ def figure_rows(self:Tickets):
 def write_report(study):
     "Tables, report and figures of what has been made so far"
     out = study.root; out.mkdir(parents=True, exist_ok=True)
-    rows = ticket_rows(out) if any(out.glob("*/**/done")) else None; text = [f"Tickets in {study.folder.name}: networks {study.networks}, {study.t.masks} {'masks' if study.t.masks > 1 else 'mask'} each" + (", by the published protocol with its errors" if study.t.faithful else "")]
-    if rows is not None and (rows.kind == "masks").any(): text += ["", "Test accuracy at the end of each round of a search, mean over all tickets; round 0 has all weights", search_table(rows).to_string()]
-    if rows is not None and (rows.kind == "trials").any():
-        t = arm_table(study); write_atomic(out/"arms.csv", t.to_csv(index=False)); text += ["", "Test accuracy at the end of the task: mean and 95 % interval over networks", _wide(t, "run")]
+    rows = ticket_rows(out) if any(out.glob("*/**/done")) else None; kinds = set() if rows is None else set(rows.kind)
+    text = [f"Tickets in {study.folder.name}: networks {study.networks}, {study.t.masks} {'masks' if study.t.masks > 1 else 'mask'} each" + (", by the published protocol with its errors" if study.t.faithful else "")]
+    if "masks" in kinds: text += ["", "Test accuracy at the end of each round of a search, mean over all tickets; round 0 has all weights", search_table(rows).to_string()]
+    if "trials" in kinds:
+        t = arm_table(study, rows=rows); write_atomic(out/"arms.csv", t.to_csv(index=False)); text += ["", "Test accuracy at the end of the task: mean and 95 % interval over networks", _wide(t, "run")]
     if (out/"overlap.csv").exists():
         o = pd.read_csv(out/"overlap.csv").query("layer == 'all'"); text += ["", "Overlap of tickets (Jaccard), with what chance and the start explain", _wide(interval(o.rename(columns={"mean": "value"}), ["task", "density", "rounds", "measure"]), "measure")]
     write_atomic(out/"report.txt", "\n".join(text) + "\n")

@@ -20,7 +20,7 @@ SIDEWAYS = {("units", "models"), ("streams", "tasks"), ("bitflips", "tasks"), ("
 SIDEWAYS |= {("chains", "layers"), ("resnet", "layers"), ("resnet", "chains"), ("vit", "layers"), *(("models", m) for m in ("layers", "chains", "resnet", "vit"))}
 SIDEWAYS |= {*((m, o) for m in ("copies", "ranks", "normality", "gradients", "curvature") for o in ("activity", "copies") if m != o), *(("metrics", m) for m in ("activity", "copies", "ranks", "normality", "gradients", "curvature")), ("curvature", "gradients"), ("ranking", "probe"), ("manifold", "cloning"), ("escape", "cloning"), ("escape", "manifold"), ("growth", "cloning"), ("growth", "manifold"), ("figures", "plots"), ("experiments", "figures")}
 SIDEWAYS |= {("learner", "engines"), ("remedies", "interventions"), ("remedies", "learner"), ("active", "kernels"), ("minibatch", "kernels"), ("kernels", "optimizers"), ("active", "optimizers"), ("minibatch", "optimizers")}
-SIDEWAYS |= {*((m, o) for m in ("imp", "pruners", "overlap", "connectivity", "ntk") for o in ("masks", "imp") if m != o), *(("pipeline", m) for m in ("experiments", "figures", "plots")), ("cli", "cluster")}
+SIDEWAYS |= {*((m, o) for m in ("imp", "pruners", "overlap", "connectivity") for o in ("masks", "imp") if m != o), ("ntk", "masks"), *(("pipeline", m) for m in ("experiments", "figures", "plots")), ("cli", "cluster")}
 DISTRIBUTION = dict(sklearn="scikit-learn", hydra="hydra-core", omegaconf="hydra-core", yaml="pyyaml", pynvml="nvidia-ml-py")
 
 

@@ -75,6 +75,7 @@ def early_stop(
 
 class Validate(Callback):
     "Validation loss every so many steps of a round; where it is least, and at the end, test accuracy"
+    longest = 3     # steps of a block, at whose end it looks
     def __init__(self, every): self.every, self.least, self.at, self.test = every, None, None, None
     def before_task(self, learner): self.least, self.at, self.test = (torch.full((len(learner.replicas),), v) for v in (torch.inf, 0., 0.))
     def after_block(self, learner):
@@ -115,7 +116,6 @@ def train(folder, nets, callbacks, s, tasks=1, first=0):
     state = load_checkpoint(folder/"checkpoints"); store = Records(folder, resume_at=state["rows"] if state else 0)
     stream = Passes(load("mnist", **s["data"]), tasks, s["steps"] * batch, first, seeds=seeds, normalize="standardize")
     learner = Learner(nets, stream, Adam(lr=lr), 1, batch, [*callbacks, Validate(s["every"]), Checkpoint(folder/"checkpoints", 300)], engine="numba", store=store, defaults=[])
-    learner.longest = 3      # steps of a block, at whose end `Validate` looks
     if state: learner.load_state_dict(state)
     if not learner.finished: learner.fit()
     store.close()

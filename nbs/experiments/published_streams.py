@@ -24,7 +24,7 @@ runs = {
     "clipping": {name: [*_clip, f"intervention.arms=[{arm}]", f"training.seed={seed}"] for name, arm, seed in (
         ("backprop", "backprop", 42), ("weight_clipping", "weight_clipping", 42), ("backprop_more", "backprop", 45))},   # the last was added when the first was half way, see 09_clipping
     "online_mnist": {
-        **{f"narrow_{lr}": [*_narrow, f"optimizer.lr={lr}", "intervention.arms=[backprop]"] for lr in (.003,)},
+        "narrow_0.003": [*_narrow, "optimizer.lr=0.003", "intervention.arms=[backprop]"],
         **{f"narrow_0.003_cbp_{rate}": [*_narrow, "optimizer.lr=0.003", "intervention.arms=[continual_backprop]", f"{_rate}={rate}"] for rate in (1e-4, 1e-5, 1e-6)},
         **{f"wide_{lr}": [*_mnist, f"optimizer.lr={lr}", "stream.tasks=50", "intervention.arms=[backprop]"] for lr in (.003, .01)},
         **{f"wide_0.003_cbp_{rate}": [*_mnist, "optimizer.lr=0.003", "stream.tasks=50", "intervention.arms=[continual_backprop]", f"{_rate}={rate}"] for rate in (1e-4, 1e-5)}}}

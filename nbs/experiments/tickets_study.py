@@ -1,7 +1,7 @@
-"""The runs behind 19_tickets: `LOP_DATA=DIR python nbs/experiments/tickets_study.py PART FOLDER [SETTING]`
+"""The runs behind 19_tickets: `LOP_DATA=DIR python nbs/experiments/tickets_study.py PART FOLDER [SETTING [WORD...]]`
 
 Five networks (seeds 42 to 46) go through 101 permutations of MNIST as the published study has it (784-256-10, Adam 1e-3 afresh for each task, ten epochs, batches of 32, raw pixels); tickets are searched at the starts of some.
-A part is what `lop-run` does with the words below, in FOLDER/SETTING; the same command goes on with one that was stopped. `... collect FOLDER` writes what the notebook reads to nbs/experiments/results.
+A part is what `lop-run` does with the words below, in FOLDER/SETTING; the same command goes on with one that was stopped, and more words narrow it, so that machines can share it (`result FOLDER raw 'tickets.tasks=[50]'`). `... collect FOLDER` writes what the notebook reads to nbs/experiments/results.
 
 Said before any of these runs.
 Published numbers (`published`): with `faithful=true` they come out within the tolerances given there; they are those of one network, ours the mean of five, so networks were given room.
@@ -15,18 +15,20 @@ from pathlib import Path
 import pandas as pd
 
 from lop_nb.compose import compose
-from lop_nb.pipeline import run_tickets, ticket_rows
+from lop_nb.pipeline import Tickets, run_tickets, ticket_rows
 from lop_nb.records import read_records
 
 _base = ["+experiment=tickets/all", "stream.tasks=101", "training.replicas=5", "tickets.masks=3", "logging.figures=false", "metrics.names=[dead_fraction,effective_rank,weight_norm]", "metrics.probe_size=2000", "metrics.kernel_size=50", "metrics.epochs=10"]   # both at the start and at the end of a task
 settings = {"raw": [], "standardised": ["dataset.normalize=standardize", "stream.tasks=51"], "carried": ["optimizer.reinit_optimizer=false", "stream.tasks=51"]}
 _ages, _arms = "tickets.tasks=[0,10,50,100]", "tickets.arms=[dense,ticket,live_ticket,reinitialised,random_biases,synflow]"
-_two = ["tickets.stages=[masks,accuracy,random_masks,parameter_plasticity,overlap]", "tickets.tasks=[0,50]", "tickets.targets=[0.2,0.05]", "tickets.rounds=[3,10]"]
+_stages = "tickets.stages=[masks,accuracy,random_masks,parameter_plasticity,overlap]"
+_coded = [_stages, "tickets.faithful=true", "tickets.masks=2"]
 parts = {
     "lop": ["tickets.stages=[lop]", _ages],
-    "published": [*_two, "tickets.faithful=true"],
-    "corrected": _two,
-    "result": ["tickets.stages=[masks,accuracy,random_masks]", _ages, _arms, "tickets.nested=true", "tickets.targets=[0.2,0.1,0.05]", "tickets.rounds=[3,4,5]"],
+    "published": [*_coded, "tickets.tasks=[0]", "tickets.targets=[0.2,0.05]", "tickets.rounds=[3,10]"],
+    "published_aged": [*_coded, "tickets.tasks=[50]", "tickets.targets=[0.05]", "tickets.rounds=[10]"],
+    "corrected": ["tickets.stages=[masks,accuracy,parameter_plasticity,overlap]", "tickets.arms=[ticket]", "tickets.tasks=[0,50]", "tickets.targets=[0.05]", "tickets.rounds=[10]"],   # what result has not
+    "result": [_stages, _ages, _arms, "tickets.nested=true", "tickets.targets=[0.2,0.1,0.05]", "tickets.rounds=[3,4,5]"],
     "reversal": ["tickets.stages=[lop,masks,accuracy,random_masks]", "tickets.tasks=[0,50]", "tickets.arms=[dense,ticket]", "tickets.targets=[0.05]", "tickets.rounds=[5]"]}   # for the other settings
 
 # Test accuracies and overlaps of the published study, and how near the mean of our five networks must come.
@@ -46,19 +48,20 @@ def collect(folder):
             at = Path(folder)/setting/root
             if not at.is_dir(): continue
             rows = ticket_rows(at); of = ["run", "start", "density", "rounds"]; rows = rows[(rows.kind == "trials") & rows.metric.isin(metrics)]
-            steps = rows.groupby(of).step.agg(["min", "max"]).reindex(pd.MultiIndex.from_frame(rows[of]))
-            rows = rows.assign(end=rows.step.to_numpy() == steps["max"].to_numpy()); rows = rows[rows.end | (rows.step.to_numpy() == steps["min"].to_numpy())]   # at its end, and at its start
+            steps = rows.groupby(of).step; rows = rows.assign(end=rows.step == steps.transform("max"))[lambda d: d.end | (d.step == steps.transform("min"))]   # at its end, and at its start
             arms.append(rows.groupby([*of, "replica", "metric", "end"], sort=False).value.mean().reset_index().assign(setting=setting, way=root))
-            if (at/"overlap.csv").is_file(): overlaps.append(pd.read_csv(at/"overlap.csv").assign(setting=setting, way=root))
         if (Path(folder)/setting/"config.yaml").is_file():
             df = read_records(Path(folder)/setting); df = df[df.metric.isin(metrics) & df.epoch.isin([0, 10])]
             ages.append(df[["seed", "task", "epoch", "metric", "value"]].assign(setting=setting))
+    for part in "published", "published_aged", "corrected", "result":
+        tickets = Tickets(compose(words(part, "raw")), Path(folder)/"raw"); tickets.overlap()
+        overlaps.append(pd.read_csv(tickets.root/"overlap.csv").assign(part=part, way=tickets.root.name))
     results = Path(__file__).parent/"results"
     for name, found in dict(tickets_arms=arms, tickets_overlap=overlaps, tickets_ages=ages).items():
         if found: pd.concat(found, ignore_index=True).to_parquet(results/f"{name}.parquet", compression="zstd")
 
 
 if __name__ == "__main__":
-    part, folder, setting = [*sys.argv[1:], "raw"][:3]
+    part, folder, *more = sys.argv[1:]
     if part == "collect": collect(folder)
-    else: run_tickets(compose(words(part, setting)), Path(folder)/setting)
+    else: setting, *more = more or ["raw"]; run_tickets(compose([*words(part, setting), *more]), Path(folder)/setting)

@@ -141,7 +141,9 @@ def test_B33_one_command_for_all(study):
     for stage, says in {"accuracy": "tickets/masks", "overlap": "tickets/masks", "plasticity": "tickets/masks"}.items():
         with pytest.raises(LopError, match=says): run_tickets(compose([f"+experiment=tickets/{stage}", *words]), study.folder)
     words = [w for w in WORDS[1:] if not w.startswith(("tickets", "stream.tasks"))] + ["stream.tasks=2", "tickets.tasks=[0,1]", "tickets.masks=1", "tickets.rounds=[1]"]; home = study.folder.parent/"by_steps"
-    run_study(compose(["+experiment=tickets/lop", *words, "logging.snapshot_tasks=1"]), home); run_tickets(compose(["+experiment=tickets/all", *words, "tickets.stages=[lop]"]), home); assert (home/"tickets"/"report.txt").is_file(); run_tickets(compose(["+experiment=tickets/all", *words, "tickets.stages=[lop,masks]"]), home)   # one by one is the same as all at once
+    run_study(compose(["+experiment=tickets/lop", *words, "logging.snapshot_tasks=1"]), home)
+    run_tickets(compose(["+experiment=tickets/all", *words, "tickets.stages=[lop]"]), home); assert (home/"tickets"/"report.txt").is_file()
+    run_tickets(compose(["+experiment=tickets/all", *words, "tickets.stages=[lop,masks]"]), home)   # one by one is the same as all at once
     with pytest.raises(LopError, match="tickets/lop"): run_tickets(compose(["+experiment=tickets/masks", *WORDS[1:]]), study.folder.parent/"nothing")
 
 
