@@ -59,6 +59,8 @@ def test_B18_overlap_of_masks(study):
     for n, s in enumerate(study.networks):
         mine = {k: v[2*n:2*n + 2] for k, v in study.found(2, .2, 3).items()}; t = pair_overlap(mine).set_index(["layer", "measure"])
         assert o[2, s, "jaccard"] == pytest.approx(t.loc["all", "jaccard"]["mean"]) and o[2, s, "n_way"] == pytest.approx(o[2, s, "jaccard"])       # two tickets: one pair
+        live = {k: v[n:n + 1].expand(2, *v.shape[1:]) for k, v in study.live(2).items()}; both = {k: (m & live[k]).double() for k, m in mine.items()}
+        assert o[2, s, "live_jaccard"] == pytest.approx((sum((m[0]*m[1]).sum() for m in both.values()) / sum(m.amax(0).sum() for m in both.values())).item())
 
 
 def test_B19_accuracy_of_tickets(study):
