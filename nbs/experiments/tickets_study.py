@@ -8,6 +8,7 @@ Published numbers (`published`): with `faithful=true` they come out within the t
 The result: at task 0 the ticket is the best of the masks at a twentieth; at task 50 random masks of a twentieth are ahead of the tickets, in each of five networks (one network of the published study: .90 and .38 to .43); live-unit tickets lie
 between the two or above both; with biases reset random masks are no worse at any age. What would refute the reading that pruning at random helps because it revives dead units: random masks that are ahead in networks without dead units, or
 live-unit tickets as bad as tickets. With standardised pixels few units die, so the reversal should not be there at task 50.
+Said when those were done, before `steps`: weights that are large move little in a step of 1e-3, so tickets gain by larger ones; each arm at the best of four, random masks are still ahead after fifty tasks.
 """
 import sys
 from pathlib import Path
@@ -38,23 +39,33 @@ published = {("dense", 0, 1.): (.952, .006), ("random", 0, .05): (.940, .006), (
 def words(part, setting): return [*{w.partition("=")[0]: w for w in [*_base, *settings[setting], *parts[part]]}.values()]
 
 
+rates = (3e-4, 3e-3, 1e-2)     # beside 1e-3
+
+
+def steps(folder, setting):
+    "A twentieth after fifty tasks with other step sizes: the same networks, and the first of their tickets"
+    found = Tickets(compose(words("result" if setting == "raw" else "reversal", setting)), folder/setting).found
+    for rate in rates:
+        here = Tickets(compose([*words("reversal", setting), "tickets.masks=1", f"optimizer.lr={rate}"]), folder/setting)
+        here.root, here.found = here.folder/f"steps_{rate}", lambda *of: {k: m[::3] for k, m in found(*of).items()}
+        for arm in "dense", "ticket", "random": here.trial(arm, 50, .05, 5)
+
+
 metrics = ["test_accuracy", "train_accuracy", "dead_fraction", "effective_rank", "weight_norm", "ntk_effective_rank", "ntk_trace"]
 
 
 def collect(folder):
     arms, overlaps, ages = [], [], []
     for setting in settings:
-        for root in ("tickets", "as_coded"):
-            at = Path(folder)/setting/root
-            if not at.is_dir(): continue
+        for at in [at for name in ("tickets", "as_coded", "steps_*") for at in sorted((folder/setting).glob(name))]:
             rows = ticket_rows(at); of = ["run", "start", "density", "rounds"]; rows = rows[(rows.kind == "trials") & rows.metric.isin(metrics)]
-            steps = rows.groupby(of).step; rows = rows.assign(end=rows.step == steps.transform("max"))[lambda d: d.end | (d.step == steps.transform("min"))]   # at its end, and at its start
-            arms.append(rows.groupby([*of, "replica", "metric", "end"], sort=False).value.mean().reset_index().assign(setting=setting, way=root))
-        if (Path(folder)/setting/"config.yaml").is_file():
-            df = read_records(Path(folder)/setting); df = df[df.metric.isin(metrics) & df.epoch.isin([0, 10])]
+            step = rows.groupby(of).step; rows = rows.assign(end=rows.step == step.transform("max"))[lambda d: d.end | (d.step == step.transform("min"))]   # at its end, and at its start
+            arms.append(rows.groupby([*of, "replica", "metric", "end"], sort=False).value.mean().reset_index().assign(setting=setting, way=at.name))
+        if (folder/setting/"config.yaml").is_file():
+            df = read_records(folder/setting); df = df[df.metric.isin(metrics) & df.epoch.isin([0, 10])]
             ages.append(df[["seed", "task", "epoch", "metric", "value"]].assign(setting=setting))
     for part in "published", "published_aged", "corrected", "result":
-        tickets = Tickets(compose(words(part, "raw")), Path(folder)/"raw"); tickets.overlap()
+        tickets = Tickets(compose(words(part, "raw")), folder/"raw"); tickets.overlap()
         overlaps.append(pd.read_csv(tickets.root/"overlap.csv").assign(part=part, way=tickets.root.name))
     results = Path(__file__).parent/"results"
     for name, found in dict(tickets_arms=arms, tickets_overlap=overlaps, tickets_ages=ages).items():
@@ -62,6 +73,7 @@ def collect(folder):
 
 
 if __name__ == "__main__":
-    part, folder, *more = sys.argv[1:]
-    if part == "collect": collect(folder)
-    else: setting, *more = more or ["raw"]; run_tickets(compose([*words(part, setting), *more]), Path(folder)/setting)
+    part, folder, *more = sys.argv[1:]; setting, *more = more or ["raw"]
+    if part == "collect": collect(Path(folder))
+    elif part == "steps": steps(Path(folder), setting)
+    else: run_tickets(compose([*words(part, setting), *more]), Path(folder)/setting)
