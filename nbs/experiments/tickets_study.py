@@ -57,7 +57,7 @@ metrics = ["test_accuracy", "train_accuracy", "dead_fraction", "effective_rank",
 def collect(folder):
     arms, overlaps, ages = [], [], []
     for setting in settings:
-        for at in [at for name in ("tickets", "as_coded", "steps_*") for at in sorted((folder/setting).glob(name))]:
+        for at in [at for name in ("tickets", "as_coded", "steps_*") for at in sorted((folder/setting).glob(name)) if any(at.glob("*/**/done"))]:
             rows = ticket_rows(at); of = ["run", "start", "density", "rounds"]; rows = rows[(rows.kind == "trials") & rows.metric.isin(metrics)]
             step = rows.groupby(of).step; rows = rows.assign(end=rows.step == step.transform("max"))[lambda d: d.end | (d.step == step.transform("min"))]   # at its end, and at its start
             arms.append(rows.groupby([*of, "replica", "metric", "end"], sort=False).value.mean().reset_index().assign(setting=setting, way=at.name))
