@@ -78,7 +78,6 @@ class Tickets:
         self.networks = seeds(cfg)
         self.of = [s for s in self.networks for _ in range(self.t.masks)]                                    # whose pictures each ticket sees
         self.own = [spawn(s, "ticket", m) for s in self.networks for m in range(self.t.masks)]
-        self.alive = {}                                                                                      # see `live`
     @cached_property
     def data(self): return make_data(self.cfg, pick_device(self.cfg.training.device))
     @cached_property
@@ -259,24 +258,23 @@ def gradient_sizes(self:Tickets, task):
 @patch
 def live(self:Tickets, task):
     "Which weights lie between live units at the start of a task: {name: bool [networks, …]}"
-    if task not in self.alive:
-        learner = self.learner(Rounds(self.stream(self.networks), task), self.start(task, 1), [], Records(), "live", self.networks)
-        self.alive[task] = imp.live_weights(learner.replicas, learner.stream[0])
-    return self.alive[task]
+    learner = self.learner(Rounds(self.stream(self.networks), task), self.start(task, 1), [], Records(), "live", self.networks)
+    return imp.live_weights(learner.replicas, learner.stream[0])
 
 # %% ../nbs/api/52_pipeline.ipynb #d8ea0fd9
 @patch
 def overlap(self:Tickets):
     "Compare the tickets of each network with each other, and with the weights of the largest gradients"
-    rows = [dict(task=task, density=target, rounds=rounds, seed=s, **row) for task, target, rounds in self.searches() for n, s in enumerate(self.networks) for row in self.overlaps(n, task, target, rounds)]
+    live = {task: self.live(task) for task in self.t.tasks}
+    rows = [dict(task=task, density=target, rounds=rounds, seed=s, **row) for task, target, rounds in self.searches() for n, s in enumerate(self.networks) for row in self.overlaps(n, task, target, rounds, live[task])]
     write_atomic(self.root/"overlap.csv", pd.DataFrame(rows).to_csv(index=False))
 
 @patch
-def overlaps(self:Tickets, n, task, target, rounds):
-    "Rows layer, measure, mean, std of network `n`"
+def overlaps(self:Tickets, n, task, target, rounds, live):
+    "Rows layer, measure, mean, std of network `n`; `live` of that task"
     M = self.t.masks; mine = {k: m[n*M:(n + 1)*M] for k, m in self.found(task, target, rounds).items()}
     start = {k: v[n:n + 1] for k, v in self.start(task, 1).items() if k in mine}
-    live = {k: v[n:n + 1].expand_as(mine[k]) for k, v in self.live(task).items()}
+    live = {k: v[n:n + 1].expand_as(mine[k]) for k, v in live.items()}
     found = pd.concat([pair_overlap(mine, start), pair_overlap(mine, live=live).assign(measure=lambda d: "live_" + d.measure)])
     rows = found[["layer", "measure", "mean", "std"]].to_dict("records")
     rows += [dict(layer=k, measure=name, mean=v.item(), std=0.) for name, d in zip(("n_way", "n_way_chance"), n_way(mine)) for k, v in d.items()]

@@ -21,7 +21,7 @@ def test_each_part_is_one_that_can_be_made(part, setting):
 
 def test_from_networks_to_what_the_notebook_reads(tmp_path, monkeypatch):
     small = ["dataset=digits", "dataset.normalize=unit", "model.hidden_sizes=[16]", "training.replicas=2", "training.epochs=1", "stream.tasks=51", "metrics.kernel_size=5", "metrics.epochs=1", "logging.progress=false", "tickets.tasks=[50]"]
-    full = study.words; monkeypatch.setattr(study, "words", lambda part, setting: [*{w.partition("=")[0]: w for w in [*full(part, setting), *small]}.values()])
+    full = study.words; monkeypatch.setattr(study, "words", lambda part, setting, *more: full(part, setting, *more, *small))
     monkeypatch.setattr(study, "settings", dict(raw=[])); monkeypatch.setattr(study, "rates", (.01,)); monkeypatch.setattr(study, "__file__", str(tmp_path/"study.py")); (tmp_path/"results").mkdir()
     monkeypatch.setitem(study.parts, "result", [w for w in study.parts["result"] if "arms" not in w])
     for part in "lop", "result", "published", "published_aged", "corrected": run_tickets(compose(study.words(part, "raw")), tmp_path/"raw")

@@ -36,7 +36,7 @@ parts = {
 published = {("dense", 0, 1.): (.952, .006), ("random", 0, .05): (.940, .006), ("random", 50, .05): (.2964, .06), ("ticket", 50, .05): (.8374, .06), ("overlap", 0, .2): (26.1, 1.), ("overlap", 0, .05): (15.1, 1.)}
 
 
-def words(part, setting): return [*{w.partition("=")[0]: w for w in [*_base, *settings[setting], *parts[part]]}.values()]
+def words(part, setting, *more): return [*{w.partition("=")[0]: w for w in [*_base, *settings[setting], *parts[part], *more]}.values()]
 
 
 rates = (3e-4, 3e-3, 1e-2)     # beside 1e-3
@@ -46,7 +46,7 @@ def steps(folder, setting):
     "A twentieth after fifty tasks with other step sizes: the same networks, and the first of their tickets"
     found = Tickets(compose(words("result" if setting == "raw" else "reversal", setting)), folder/setting).found
     for rate in rates:
-        here = Tickets(compose([*words("reversal", setting), "tickets.masks=1", f"optimizer.lr={rate}"]), folder/setting)
+        here = Tickets(compose(words("reversal", setting, "tickets.masks=1", f"optimizer.lr={rate}")), folder/setting)
         here.root, here.found = here.folder/f"steps_{rate}", lambda *of: {k: m[::3] for k, m in found(*of).items()}
         for arm in "dense", "ticket", "random": here.trial(arm, 50, .05, 5)
 
@@ -69,11 +69,11 @@ def collect(folder):
         overlaps.append(pd.read_csv(tickets.root/"overlap.csv").assign(part=part, way=tickets.root.name))
     results = Path(__file__).parent/"results"
     for name, found in dict(tickets_arms=arms, tickets_overlap=overlaps, tickets_ages=ages).items():
-        if found: pd.concat(found, ignore_index=True).to_parquet(results/f"{name}.parquet", compression="zstd")
+        pd.concat(found, ignore_index=True).to_parquet(results/f"{name}.parquet", compression="zstd")
 
 
 if __name__ == "__main__":
     part, folder, *more = sys.argv[1:]; setting, *more = more or ["raw"]
     if part == "collect": collect(Path(folder))
     elif part == "steps": steps(Path(folder), setting)
-    else: run_tickets(compose([*words(part, setting), *more]), Path(folder)/setting)
+    else: run_tickets(compose(words(part, setting, *more)), Path(folder)/setting)
